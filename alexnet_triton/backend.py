@@ -1,0 +1,99 @@
+"""Which implementation of an op runs: its Triton kernels, or its meaning in plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+
+_selected: ContextVar[str | None] = ContextVar("alexnet_triton_backend", default=None)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; the backends are {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+class use_backend:
+    """Select the implementation of the ops, as a function or for the length of a `with` block.
+
+    Like `torch.set_grad_enabled`, a call takes effect at once; as a context manager it puts back what was
+    there before. The choice belongs to the calling thread (and asyncio task) and is seen by no other;
+    the environment variable `ALEXNET_TRITON_BACKEND` sets the default of the whole process.
+
+    Args:
+        name: `"auto"` takes the Triton kernels for GPU tensors, and for CPU tensors only where Triton's
+            interpreter is on (`TRITON_INTERPRET=1`); where no kernel can run, the reference does.
+            `"triton"` raises where a kernel cannot run. `"reference"` is plain PyTorch everywhere.
+
+    Raises:
+        ValueError: the name is none of the three.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     logits = model(images)
+    """
+
+    def __init__(self, name: str) -> None:
+        _checked(name, "the backend")
+        self._before = _selected.get()
+        self._name = name
+        _selected.set(name)
+
+    def __enter__(self) -> use_backend:
+        _selected.set(self._name)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _selected.set(self._before)
+
+
+def current_backend() -> str:
+    """Name of the backend selected in this thread: `"auto"`, `"triton"` or `"reference"`."""
+    name = _selected.get()
+    if name is None:
+        name = _checked(
+            os.environ.get("ALEXNET_TRITON_BACKEND") or "auto", "the variable ALEXNET_TRITON_BACKEND"
+        )
+    return name
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, so that kernels run on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on", "ON", "y", "Y")
+
+
+def takes_triton(op: str, x: torch.Tensor, has_kernel: bool) -> bool:
+    """Whether op `op` on tensor `x` runs as a Triton kernel under the selected backend.
+
+    Args:
+        op: name of the op, for the error.
+        x: the op's first tensor; its device and dtype decide.
+        has_kernel: whether the op has a Triton kernel at all.
+
+    Raises:
+        RuntimeError: the backend is `"triton"`, and no kernel can run on `x`.
+    """
+    backend = current_backend()
+    if backend == "reference":
+        return False
+    if not has_kernel:
+        obstacle = f"{op} has no Triton kernel in this version"
+    elif x.dtype == torch.float64:
+        obstacle = "the Triton kernels take float16, bfloat16 and float32, not float64"
+    elif x.device.type == "cpu" and not interpreting():
+        obstacle = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 in the environment, for a CPU one"
+    elif x.device.type not in ("cpu", "cuda", "xpu"):
+        obstacle = f"there are no Triton kernels for the device {x.device.type!r}"
+    else:
+        return True
+    if backend == "triton":
+        raise RuntimeError(f"{op} cannot run on the Triton backend: {obstacle}; use_backend('auto') runs it")
+    return False

@@ -1,0 +1,360 @@
+"""Runs of ordinary layers execute as fused ops, while the layers stay what they were.
+
+| run of children                                       | op               |
+|-------------------------------------------------------|------------------|
+| Conv2d [+ ReLU]                                       | `conv2d_relu`    |
+| [LocalResponseNorm +] MaxPool2d                       | `lrn_max_pool`   |
+| [Dropout +] Linear [+ ReLU]                           | `dropout_linear` |
+| anything else                                         | the child itself |
+
+A `FusedSequential` reads its children as a sentence (nested `nn.Sequential`s included) and makes a plan of
+such runs. A child joins a run only while it is exactly the layer that the table names: one with a hook, a
+parametrization, a `forward` of its own, a subclass or an option that the op does not have is called itself,
+so that everything that people do to layers goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from alexnet_triton import ops
+from alexnet_triton.backend import takes_triton
+from alexnet_triton.layers import GroupedLocalResponseNorm
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class FusedSequential(nn.Sequential):
+    """An `nn.Sequential` that executes runs of its children as fused ops.
+
+    Same children, same names, same state dict, same numbers, same errors where a child is called itself.
+    Slices are again `FusedSequential`s. A run's layers are called themselves, one by one, wherever somebody
+    could tell the difference: under hooks (global ones too), parametrizations, symbolic tracing and
+    `torch.jit`. See the module's docstring for the runs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the children to `input` in order, runs of them as fused ops."""
+        if torch.jit.is_scripting():
+            for module in self:
+                input = module(input)
+            return input
+        else:  # noqa: RET505 - the script compiler leaves a dead branch alone, but not dead code
+            return self._run_plan(input)
+
+    @torch.jit.unused
+    def _run_plan(self, input: Tensor) -> Tensor:
+        if not _can_fuse(input):
+            for module in self:
+                input = module(input)
+            return input
+        for step in _plan(self):
+            input = step(input)
+        return input
+
+
+def fuse(module: Module) -> Module:
+    """Let every plain `nn.Sequential` in `module` execute runs of its layers as fused ops.
+
+    Nothing is copied or replaced: the class of each `nn.Sequential` that holds a run becomes
+    `FusedSequential`, in place, so parameters, names, hooks and references stay what they are.
+    `unfuse` takes it back.
+
+    Args:
+        module: any module (torchvision's AlexNet or VGG, an LPIPS net, a single `nn.Sequential`).
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        TypeError: `module` is no `torch.nn.Module`.
+    """
+    _check_module("fuse", module)
+    for child in module.modules():
+        if type(child) is nn.Sequential and _holds_a_run(child):
+            child.__class__ = FusedSequential
+    return module
+
+
+def unfuse(module: Module) -> Module:
+    """Turn every `FusedSequential` in `module` back into a plain `nn.Sequential`, in place.
+
+    Args:
+        module: any module.
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        TypeError: `module` is no `torch.nn.Module`.
+    """
+    _check_module("unfuse", module)
+    for child in module.modules():
+        if type(child) is FusedSequential:
+            child.__class__ = nn.Sequential
+            _plans.pop(child, None)
+    return module
+
+
+def _holds_a_run(sequential: nn.Sequential) -> bool:
+    return any(isinstance(step, (_MapRuns, _LinearRun)) for step in _steps(tuple(_leaves(sequential))))
+
+
+def _check_module(name: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} takes a torch.nn.Module, got {type(module).__name__}")
+
+
+def _can_fuse(x: object) -> bool:
+    """Whether ops may stand in for layers on this input; a trace, a script or a global hook sees layers."""
+    return (
+        isinstance(x, Tensor)
+        and x.is_floating_point()
+        and x.layout == torch.strided
+        and not torch.jit.is_tracing()
+        and not module_hooks._has_any_global_hook()
+    )
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+class _ConvRun(NamedTuple):
+    conv: nn.Conv2d
+    relu: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, self.relu)
+
+    def run(self, x: Tensor, relu: bool) -> Tensor:
+        c = self.conv
+        return ops.conv2d_relu(x, c.weight, c.bias, c.stride, c.padding, c.groups, relu)
+
+
+class _PoolRun(NamedTuple):
+    norm: nn.LocalResponseNorm | None
+    pool: nn.MaxPool2d
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, p = self.norm, self.pool
+        window = (p.kernel_size, p.stride, p.padding, p.ceil_mode)
+        if n is None:
+            return ops.lrn_max_pool(x, 0, 0.0, 0.0, 0.0, *window)
+        return ops.lrn_max_pool(x, n.size, n.alpha, n.beta, n.k, *window, getattr(n, "groups", 1))
+
+
+class _LinearRun(NamedTuple):
+    dropout: nn.Dropout | None
+    linear: nn.Linear
+    relu: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        d, layer = self.dropout, self.linear
+        p, training = (0.0, False) if d is None else (d.p, d.training)
+        return ops.dropout_linear(x, layer.weight, layer.bias, p, self.relu, training)
+
+
+class _MapRuns(NamedTuple):
+    """Convolution and pooling runs that follow one another, and the layers they stand for."""
+
+    runs: tuple[_ConvRun | _PoolRun, ...]
+    layers: tuple[nn.Module, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:  # the layers take a single image (C, H, W) too, and know best what else is wrong
+            for layer in self.layers:
+                x = layer(x)
+            return x
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _run_on_cpu(self.runs, x)
+        for run in self.runs:
+            x = run(x)
+        return x
+
+
+Step = Callable[[Tensor], Tensor]
+Key = tuple[tuple[nn.Module, type, bool], ...]
+
+# Plans live beside the modules, not in them: nothing to pickle, to copy, or to take out again.
+_plans: WeakKeyDictionary[nn.Module, tuple[Key, tuple[Step, ...]]] = WeakKeyDictionary()
+
+
+def _plan(sequential: nn.Sequential) -> tuple[Step, ...]:
+    """The steps of `sequential`: made once, and again when a child, its type or its hooks have changed.
+
+    Values (weights, strides, p, training or evaluation) are read from the layers at each call, and are no
+    part of a plan.
+    """
+    leaves = tuple(_leaves(sequential))
+    if torch.compiler.is_compiling():
+        return _steps(leaves)
+    key = tuple((leaf, type(leaf), _fits(leaf)) for leaf in leaves)
+    kept = _plans.get(sequential)
+    if kept is None or kept[0] != key:
+        kept = _plans[sequential] = (key, _steps(leaves))
+    return kept[1]
+
+
+def _leaves(sequential: nn.Sequential) -> Iterator[nn.Module]:
+    for child in sequential._modules.values():
+        assert child is not None
+        if type(child) in (nn.Sequential, FusedSequential) and _untouched(child):
+            yield from _leaves(child)
+        else:
+            yield child
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling `module` is calling its class's `forward`, and nothing else.
+
+    A parametrization shows in the type, weight norm of the older kind as a hook.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+    )
+
+
+def _fits(module: nn.Module) -> bool:
+    """Whether `module` is a layer of the table, exactly as the table's ops know it."""
+    fits = _LAYERS.get(type(module))
+    return fits is not None and fits(module) and _untouched(module)
+
+
+def _plain_conv(conv: Any) -> bool:
+    return conv.padding_mode == "zeros" and conv.dilation in ((1, 1), 1)
+
+
+def _plain_pool(pool: Any) -> bool:
+    return pool.dilation in (1, (1, 1)) and not pool.return_indices
+
+
+_LAYERS: dict[type, Callable[[Any], bool]] = {
+    nn.Conv2d: _plain_conv,
+    nn.ReLU: lambda relu: True,
+    nn.LocalResponseNorm: lambda norm: True,
+    GroupedLocalResponseNorm: lambda norm: True,
+    nn.MaxPool2d: _plain_pool,
+    nn.Dropout: lambda dropout: not dropout.inplace,  # in place, it changes a tensor that others hold
+    nn.Linear: lambda linear: True,
+}
+
+
+def _steps(leaves: tuple[nn.Module, ...]) -> tuple[Step, ...]:
+    """Read `leaves` from left to right, the longest run first."""
+    steps: list[Step] = []
+    maps: list[_ConvRun | _PoolRun] = []
+    layers: list[nn.Module] = []
+    at = 0
+    while at < len(leaves):
+        run, length = _run_at(leaves, at)
+        if isinstance(run, (_ConvRun, _PoolRun)):
+            maps.append(run)
+            layers.extend(leaves[at : at + length])
+        else:
+            if maps:
+                steps.append(_MapRuns(tuple(maps), tuple(layers)))
+                maps, layers = [], []
+            steps.append(run)
+        at += length
+    if maps:
+        steps.append(_MapRuns(tuple(maps), tuple(layers)))
+    return tuple(steps)
+
+
+def _run_at(leaves: tuple[nn.Module, ...], at: int) -> tuple[Any, int]:
+    """The run that begins with child `at`, and its number of children."""
+    first, second, third = (_layer(leaves, at + i) for i in range(3))
+    if isinstance(first, nn.Conv2d):
+        relu = isinstance(second, nn.ReLU)
+        return _ConvRun(first, relu), 1 + relu
+    if isinstance(first, nn.MaxPool2d):
+        return _PoolRun(None, first), 1
+    if isinstance(first, nn.LocalResponseNorm) and isinstance(second, nn.MaxPool2d):
+        return _PoolRun(first, second), 2
+    if isinstance(first, nn.Linear):
+        relu = isinstance(second, nn.ReLU)
+        return _LinearRun(None, first, relu), 1 + relu
+    if isinstance(first, nn.Dropout) and isinstance(second, nn.Linear):
+        relu = isinstance(third, nn.ReLU)
+        return _LinearRun(first, second, relu), 2 + relu
+    return leaves[at], 1
+
+
+def _layer(leaves: tuple[nn.Module, ...], at: int) -> nn.Module | None:
+    """Child `at` where it may join a run, else None."""
+    return leaves[at] if at < len(leaves) and _fits(leaves[at]) else None
+
+
+# --- feature maps on a CPU ----------------------------------------------------------------------------------
+
+CHANNELS_LAST_PIXELS = 6_000
+"""Output pixels of the first convolution (N*P*Q) from which the channels-last layout pays on a CPU.
+
+Measured on two cores of a Xeon (AVX-512), torch 2.14, torchvision's filters, ratio of times plain /
+channels-last: 0.94 at 3,025 pixels (batch 1 of 224x224), 1.07 at 6,050, 1.27 at 24,200, 1.35 at 96,800.
+"""
+
+
+def _run_on_cpu(runs: tuple[_ConvRun | _PoolRun, ...], x: Tensor) -> Tensor:
+    """Run map runs in the layout that is faster on a CPU; the answer has the layout that torch would give."""
+    if takes_triton("conv2d_relu", x, "conv2d_relu" in ops.KERNELS):
+        for run in runs:
+            x = run(x)
+        return x
+    convs = [run.conv for run in runs if isinstance(run, _ConvRun)]
+    back_to_contiguous = False
+    if convs and _channels_last_pays(convs[0], x):
+        back_to_contiguous = not any(map(_is_channels_last, (x, *(conv.weight for conv in convs))))
+        x = x.contiguous(memory_format=torch.channels_last)
+    late_relu = False
+    for run, following in zip(runs, (*runs[1:], None), strict=True):
+        if isinstance(run, _ConvRun):
+            # max(relu(x)) is relu(max(x)), and so are its gradients: ReLU on the pooled map is a quarter of
+            # the work.
+            late_relu = run.relu and isinstance(following, _PoolRun) and following.norm is None
+            x = run.run(x, run.relu and not late_relu)
+        else:
+            x = run(x)
+            if late_relu:
+                x = torch.relu_(x)
+                late_relu = False
+    return x.contiguous() if back_to_contiguous else x
+
+
+def _channels_last_pays(conv: nn.Conv2d, x: Tensor) -> bool:
+    if x.dtype == torch.float64 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    pixels = x.shape[0]
+    padding = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+    for size, window, stride, pad in zip(x.shape[2:], conv.kernel_size, conv.stride, padding, strict=True):
+        pixels *= (size + 2 * pad - window) // stride + 1
+    return pixels >= CHANNELS_LAST_PIXELS
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether torch's convolutions take `x` for channels-last: its strides grow in the order C, W, H, N.
+
+    The rule of `is_channels_last_strides_2d` in c10/core/MemoryFormat.h, where a size of 1 proves nothing.
+    """
+    least = 0
+    if x.stride(1) == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        size, stride = x.shape[axis], x.stride(axis)
+        if size == 0 or stride < least:
+            return False
+        if axis == 0 and least == x.stride(1):
+            return False
+        least = stride * max(size, 1)
+    return True
