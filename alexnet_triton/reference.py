@@ -37,7 +37,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 def _normalise(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
     a = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     channels = a.shape[1]
-    square = a.square()
+    square = a * a  # not a.square(): its gradient, 2a, overflows first
     total = square
     # Shifted sums instead of a band matrix: an infinity must stay inside its own windows.
     for shift in range(1, size // 2 + 1):

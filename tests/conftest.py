@@ -1,0 +1,49 @@
+"""What every test shares: threads, seeds, and whole networks that are built once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+
+import pytest
+import torch
+import torchvision
+
+import plain
+from alexnet_triton import AlexNet
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@functools.cache
+def _pair(variant: str):
+    """A network of ours and the same network in plain torch layers, with the same random weights."""
+    ours = AlexNet(10, variant=variant, init="kaiming")
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    if variant == "torchvision":
+        theirs = torchvision.models.alexnet(num_classes=10)
+    else:
+        theirs = plain.alexnet(variant, 10)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def pair():
+    """Factory of (ours, plain) by variant; copies, so that a test may change them."""
+    return lambda variant: copy.deepcopy(_pair(variant))
+
+
+@pytest.fixture
+def channels_last_always(monkeypatch):
+    monkeypatch.setattr("alexnet_triton.fusion.CHANNELS_LAST_PIXELS", 0)

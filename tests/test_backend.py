@@ -1,0 +1,130 @@
+import threading
+
+import pytest
+import torch
+
+from alexnet_triton import backend, ops, use_backend
+
+X = torch.ones(1, 1, 2, 2)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A pretended Triton implementation of the pool, which leaves a mark."""
+    monkeypatch.setitem(ops.KERNELS, "lrn_max_pool", lambda x, *rest: x.new_full((), -7.0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ALEXNET_TRITON_BACKEND", raising=False)
+
+
+def pool(x=X):
+    return ops.lrn_max_pool(x, size=0, kernel_size=2).item()
+
+
+def test_unknown_name_is_refused_and_changes_nothing():
+    before = backend.current_backend()
+    with pytest.raises(ValueError, match=r"'cuda'.*'auto', 'triton', 'reference'"):
+        use_backend("cuda")
+    assert backend.current_backend() == before
+
+
+def test_works_as_a_function_and_as_a_context_manager():
+    with use_backend("reference"):
+        assert backend.current_backend() == "reference"
+        use_backend("triton")
+        assert backend.current_backend() == "triton"
+        with use_backend("auto"):
+            assert backend.current_backend() == "auto"
+        assert backend.current_backend() == "triton"
+    assert backend.current_backend() == "auto"
+
+
+def test_context_restores_after_an_exception():
+    with pytest.raises(KeyError), use_backend("reference"):
+        raise KeyError
+    assert backend.current_backend() == "auto"
+
+
+def test_a_context_can_be_entered_again():
+    context = use_backend("reference")
+    for _ in range(2):
+        with context:
+            assert backend.current_backend() == "reference"
+        assert backend.current_backend() == "auto"
+
+
+def test_threads_choose_for_themselves():
+    seen, inside, leave = {}, threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("reference"):
+            inside.set()
+            leave.wait(10)
+            seen["other"] = backend.current_backend()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with use_backend("triton"):
+        seen["main"] = backend.current_backend()
+        leave.set()
+        thread.join(10)
+        seen["main later"] = backend.current_backend()
+    assert seen == {"other": "reference", "main": "triton", "main later": "triton"}
+
+
+def test_environment_sets_the_default(monkeypatch):
+    monkeypatch.setenv("ALEXNET_TRITON_BACKEND", "reference")
+    assert backend.current_backend() == "reference"
+    with use_backend("triton"):
+        assert backend.current_backend() == "triton"
+    monkeypatch.setenv("ALEXNET_TRITON_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="ALEXNET_TRITON_BACKEND is 'gpu'"):
+        backend.current_backend()
+
+
+def test_auto_on_a_cpu_takes_triton_only_under_the_interpreter(kernel, monkeypatch):
+    assert pool() == 1
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert pool() == -7
+    with use_backend("reference"):
+        assert pool() == 1
+
+
+def test_auto_leaves_float64_to_the_reference(kernel, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert pool(X.double()) == 1
+    with use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
+        pool(X.double())
+
+
+def test_triton_says_why_it_cannot_run(kernel):
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1.*use_backend\('auto'\)"):
+            pool()
+        with pytest.raises(RuntimeError, match="dropout_linear has no Triton kernel in this version"):
+            ops.dropout_linear(torch.ones(1, 2), torch.ones(2, 2))
+
+
+class OnGpu:
+    """Stands for a GPU tensor where there is none: the rule reads a device and a dtype, nothing else."""
+
+    device = torch.device("cuda", 0)
+    dtype = torch.float16
+
+
+def test_auto_takes_triton_for_gpu_tensors():
+    assert backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=True)
+    assert not backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=False)
+    with use_backend("reference"):
+        assert not backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=True)
+
+
+def test_a_compiled_function_follows_the_backend(kernel, monkeypatch):
+    monkeypatch.setitem(ops.KERNELS, "lrn_max_pool", lambda x, *rest: x * 0 - 7)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    compiled = torch.compile(
+        lambda x: ops.lrn_max_pool(x, size=0, kernel_size=2), backend="eager", fullgraph=True
+    )
+    assert compiled(X).min() == -7
+    with use_backend("reference"):
+        assert compiled(X).min() == 1

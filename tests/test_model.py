@@ -1,0 +1,776 @@
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import plain
+from alexnet_triton import VARIANTS, AlexNet, FusedSequential, alexnet, read_state_dict
+from alexnet_triton.model import strip_prefixes
+from plain import error
+
+ALL = list(VARIANTS)
+PARAMETERS = {"merged": 62_378_344, "paper": 60_965_224, "torchvision": 61_100_840, "caffe": 60_965_224}
+KEYS = [
+    f"{name}.{kind}"
+    for name in (*(f"features.{i}" for i in (0, 3, 6, 8, 10)), *(f"classifier.{i}" for i in (1, 4, 6)))
+    for kind in ("weight", "bias")
+]
+
+every_variant = pytest.mark.parametrize("variant", ALL)
+
+
+def images(batch=2, height=67, width=67, **options):
+    return torch.randn(batch, 3, height, width, **options)
+
+
+# --- the networks -------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_parameter_counts_to_the_unit(variant):
+    model = AlexNet(variant=variant, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[variant]
+
+
+@every_variant
+def test_every_key(variant):
+    assert list(AlexNet(variant=variant, device="meta").state_dict()) == KEYS
+    assert list(AlexNet(variant=variant, device="meta", lrn=True).state_dict()) == KEYS
+    assert list(AlexNet(variant=variant, device="meta", lrn=False).state_dict()) == KEYS
+
+
+def test_default_is_the_listing_and_alexnet_is_torchvisions():
+    assert AlexNet(device="meta").variant == "merged"
+    assert alexnet(device="meta").variant == "torchvision"
+
+
+@pytest.mark.parametrize("variant", ["paper", "caffe"])
+def test_grouped_filters_see_half_of_the_channels(variant):
+    features = AlexNet(variant=variant, device="meta").features
+    shapes = {index: tuple(features[index].weight.shape) for index in (3, 6, 8, 10)}
+    assert shapes == {3: (256, 48, 5, 5), 6: (384, 256, 3, 3), 8: (384, 192, 3, 3), 10: (256, 192, 3, 3)}
+
+
+def test_layers_have_torchvisions_types_under_torchvisions_indices():
+    theirs = torchvision.models.alexnet(num_classes=1)
+    for variant in ("merged", "torchvision"):
+        ours = AlexNet(1, variant=variant, device="meta")
+        for part in ("features", "classifier"):
+            types = [[type(layer) for layer in getattr(model, part)] for model in (ours, theirs)]
+            assert types[0] == types[1]
+
+
+def names(sequential):
+    return [type(leaf).__name__ for leaf in sequential.modules() if not leaf._modules]
+
+
+@pytest.mark.parametrize(("variant", "norm"), [("paper", "GroupedLocalResponseNorm"), ("caffe", "LocalResponseNorm")])
+def test_order_is_conv_relu_norm_pool_and_dropout_follows_the_relus_of_fc6_and_fc7(variant, norm):
+    model = AlexNet(variant=variant, device="meta")
+    assert names(model.features)[:8] == ["Conv2d", "ReLU", norm, "MaxPool2d"] * 2
+    assert names(model.classifier) == [
+        "Identity", "Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear"
+    ]  # fmt: skip
+
+
+def norms(model):
+    return [
+        (m.size, m.alpha, m.beta, m.k, getattr(m, "groups", 1))
+        for m in model.modules()
+        if isinstance(m, nn.LocalResponseNorm)
+    ]
+
+
+def test_norms_of_the_variants():
+    def of(variant, **options):
+        return norms(AlexNet(variant=variant, device="meta", **options))
+
+    paper = (5, 5e-4, 0.75, 2.0)
+    assert of("paper") == [(*paper, 2)] * 2
+    assert of("caffe") == [(5, 1e-4, 0.75, 1.0, 1)] * 2
+    assert of("merged") == of("torchvision") == []
+    assert of("merged", lrn=True) == of("torchvision", lrn=True) == [(*paper, 1)] * 2
+    assert of("paper", lrn=False) == of("caffe", lrn=False) == []
+
+
+def test_pools_of_caffe_round_up():
+    rounding = {v: {m.ceil_mode for m in AlexNet(variant=v, device="meta").features if type(m) is nn.MaxPool2d} for v in ALL}
+    assert rounding == {"merged": {False}, "paper": {False}, "torchvision": {False}, "caffe": {True}}
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "first_map"),
+    [("torchvision", 224, 55), ("torchvision", 227, 56), ("torchvision", 256, 63), ("paper", 227, 55), ("merged", 227, 55)],
+)  # fmt: skip
+def test_first_maps(variant, size, first_map):
+    model = AlexNet(variant=variant, device="meta")
+    assert model.features[0](images(1, size, size, device="meta")).shape[2:] == (first_map, first_map)
+    assert model(images(1, size, size, device="meta")).shape == (1, 1000)
+
+
+# --- initialisation -----------------------------------------------------------------------------------------
+
+
+def same_parameters(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def seeded(build, *args, **options):
+    torch.manual_seed(7)
+    return build(*args, **options)
+
+
+def test_a_seed_gives_torchvisions_weights():
+    assert same_parameters(seeded(alexnet, num_classes=3), seeded(torchvision.models.alexnet, num_classes=3))
+
+
+def test_a_seed_gives_the_listings_weights():
+    def listing():
+        model = plain.alexnet("merged", 3)
+        plain.listing_initialisation(model)
+        return model
+
+    assert same_parameters(seeded(AlexNet, 3), seeded(listing))
+
+
+@pytest.mark.parametrize(
+    ("variant", "biases"),
+    [("merged", [0, 0, 0, 0, 0, 1, 1, 1]), ("paper", [0, 1, 0, 1, 1, 1, 1, 0]), ("caffe", [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0])],
+)  # fmt: skip
+def test_initialisation_of_2012(variant, biases):
+    layers = [m for m in AlexNet(20, variant=variant).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for index, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
+        assert torch.equal(layer.bias, torch.full_like(layer.bias, bias))
+        std = 0.005 if variant == "caffe" and index in (5, 6) else 0.01
+        assert abs(layer.weight.std().item() / std - 1) < 0.02
+        assert abs(layer.weight.mean().item()) < 0.02 * std
+
+
+def test_kaiming_keeps_the_scale_of_activations():
+    model = AlexNet(50, init="kaiming").eval()
+    with torch.no_grad():
+        deviation = model.features[0](images(4, 99, 99)).std().item()
+        logits = model(images(4, 227, 227))
+    assert 1 < deviation < 2
+    assert 0.1 < logits.std().item() < 10
+
+
+def test_parameters_are_made_where_and_as_asked():
+    model = AlexNet(3, dtype=torch.bfloat16, device="meta")
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def everything(model, x, seed=3):
+    """Logits, and the gradients of a fixed weighted sum of them for the images and each parameter."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(seed)
+    y = model(x)
+    weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+    grads = torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])
+    return {"logits": y.detach(), **dict(zip(["images", *KEYS], grads, strict=True))}
+
+
+@every_variant
+@pytest.mark.parametrize("mode", ["eval", "train", "channels last"])
+def test_numbers_are_those_of_plain_layers_forward_and_every_gradient(variant, mode, pair, monkeypatch):
+    if mode == "channels last":
+        monkeypatch.setattr("alexnet_triton.fusion.CHANNELS_LAST_PIXELS", 0)
+    ours, theirs = pair(variant)
+    ours.train(mode != "eval")
+    theirs.train(mode != "eval")
+    x = images(2, 99, 83)
+    expected = everything(theirs, x)
+    for name, value in everything(ours, x).items():
+        assert error(value, expected[name]) < 1e-5, name
+
+
+@every_variant
+def test_numbers_at_full_size(variant, pair):
+    ours, theirs = pair(variant)
+    x = images(2, VARIANTS[variant].image_size, VARIANTS[variant].image_size)
+    with torch.no_grad():
+        assert error(ours.eval()(x), theirs.eval()(x)) < 1e-5
+
+
+@every_variant
+def test_a_nan_in_a_filter_reaches_the_logits(variant, pair):
+    ours, _ = pair(variant)
+    with torch.no_grad():
+        ours.features[3].weight[0, 0, 0, 0] = float("nan")
+        assert ours.eval()(images(1)).isnan().all()
+
+
+@every_variant
+def test_empty_batch_gives_an_empty_answer_and_zero_gradients(variant, pair):
+    ours, _ = pair(variant)
+    for model in (ours.train(), ours.eval()):
+        model.zero_grad()
+        y = model(images(0))
+        assert y.shape == (0, 10)
+        y.sum().backward()
+        assert all(p.grad is not None and p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(63, 63), (63, 200), (200, 63)])
+def test_torchvisions_variant_takes_images_from_63_pixels(shape, pair):
+    ours, theirs = pair("torchvision")
+    x = images(1, *shape)
+    assert error(ours.eval()(x), theirs.eval()(x)) < 1e-5
+
+
+@every_variant
+def test_autocast_gives_bfloat16_like_plain_layers(variant, pair):
+    ours, theirs = (model.eval() for model in pair(variant))
+    x = images()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = ours(x), theirs(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert error(y, expected) < 0.03
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(variant, dtype, pair):
+    ours, theirs = (model.eval() for model in pair(variant))
+    x = images()
+    expected = theirs(x)
+    y = ours.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype
+    assert error(y, expected) < (1e-5 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("where", ["images", "model", "both"])
+def test_channels_last_gives_the_same_numbers_and_gradients(where, pair):
+    ours, theirs = pair("torchvision")
+    x = images(2, 99, 83)
+    expected = everything(theirs.eval(), x)
+    if where != "images":
+        ours = ours.to(memory_format=torch.channels_last)
+    if where != "model":
+        x = x.contiguous(memory_format=torch.channels_last)
+    for name, value in everything(ours.eval(), x).items():
+        assert error(value, expected[name]) < 1e-5, name
+
+
+# --- idioms: the layers stay ordinary ------------------------------------------------------------------------
+
+
+def idiom_new_head(model):
+    torch.manual_seed(5)
+    model.classifier[6] = nn.Linear(4096, 4)
+    return model
+
+
+def idiom_new_classifier(model):
+    torch.manual_seed(5)
+    model.classifier = nn.Sequential(nn.Linear(9216, 16), nn.ReLU(), nn.Linear(16, 4))
+    return model
+
+
+def idiom_slice(model):
+    return model.features[:8]
+
+
+def idiom_sequential_of_children(model):
+    return nn.Sequential(*list(model.features)[:5])
+
+
+def idiom_lpips_slices(model):
+    """Five stages whose outputs are all used (as in LPIPS), with frozen parameters."""
+
+    class Stages(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, (start, stop) in enumerate(((0, 2), (2, 5), (5, 8), (8, 10), (10, 12))):
+                stage = nn.Sequential()
+                for index in range(start, stop):
+                    stage.add_module(str(index), model.features[index])
+                self.add_module(f"slice{name}", stage)
+
+        def forward(self, x):
+            outputs = []
+            for stage in self.children():
+                x = stage(x)
+                outputs.append(x.flatten(1))
+            return torch.cat(outputs, 1)
+
+    return Stages().requires_grad_(False)
+
+
+def idiom_frozen_features(model):
+    model.features.requires_grad_(False)
+    return model
+
+
+def idiom_deepcopy(model):
+    return copy.deepcopy(model)
+
+
+def idiom_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def idiom_save_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def idiom_channels_last(model):
+    return model.to(memory_format=torch.channels_last)
+
+
+def idiom_trace(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        return torch.jit.trace(model.eval(), images(1))
+
+
+def idiom_script(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(model)
+
+
+def idiom_compile_eager(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def idiom_compile_aot_eager(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def idiom_export(model):
+    batch = torch.export.Dim("batch", min=2)
+    return torch.export.export(model.eval(), (images(3),), dynamic_shapes=({0: batch},)).module()
+
+
+def idiom_feature_extractor(model):
+    extractor = create_feature_extractor(model.eval(), ["features.5", "features.12", "classifier.4"])
+    return lambda x: torch.cat([value.flatten(1) for value in extractor(x).values()], 1)
+
+
+def idiom_vmap(model):
+    return lambda x: torch.func.vmap(model.eval())(x[:, None])[:, 0]
+
+
+def idiom_functional_call(model):
+    parameters = {name: value * 1.5 for name, value in model.named_parameters()}
+    return lambda x: torch.func.functional_call(model, parameters, (x,))
+
+
+def idiom_checkpoint(model):
+    def run(x):
+        maps = checkpoint_sequential(model.features, 2, x, use_reentrant=False)
+        return checkpoint(model.classifier, model.avgpool(maps).flatten(1), use_reentrant=False)
+
+    return run
+
+
+def idiom_parametrization(model):
+    nn.utils.parametrizations.weight_norm(model.features[3])
+    nn.utils.parametrizations.weight_norm(model.classifier[4])
+    return model
+
+
+IDIOMS = [value for name, value in list(globals().items()) if name.startswith("idiom_")]
+FORWARD_ONLY = (idiom_trace, idiom_vmap, idiom_export)
+
+
+@every_variant
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda idiom: idiom.__name__.removeprefix("idiom_"))
+def test_idiom_gives_the_numbers_of_plain_layers(idiom, variant, pair):
+    ours, theirs = pair(variant)
+    ours, theirs = idiom(ours.eval()), idiom(theirs.eval())
+    results = []
+    for model in (ours, theirs):
+        x = images(3).requires_grad_(idiom not in FORWARD_ONLY)
+        torch.manual_seed(0)
+        x.data.normal_()
+        y = model(x)
+        if x.requires_grad:
+            y.square().mean().backward()
+        results.append((y.detach(), x.grad))
+    assert error(results[0][0], results[1][0]) < 1e-5
+    if results[0][1] is not None:
+        assert error(results[0][1], results[1][1]) < 1e-5
+
+
+@every_variant
+def test_compiled_for_two_batch_sizes_without_a_break(variant, pair):
+    ours, theirs = (model.eval() for model in pair(variant))
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for batch in (2, 3):
+        x = images(batch)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            assert error(compiled(x.contiguous(memory_format=layout)), theirs(x)) < 1e-5
+
+
+@every_variant
+def test_hooks_on_every_layer_fire_once_with_the_values_of_plain_layers(variant, pair):
+    ours, theirs = (model.eval() for model in pair(variant))
+    x, seen = images(1), ([], [])
+    for model, log in zip((ours, theirs), seen, strict=True):
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Linear, nn.Dropout)):
+                module.register_forward_hook(lambda m, args, out, name=name, log=log: log.append((name, out)))
+        model(x)
+    assert [name for name, _ in seen[0]] == [name for name, _ in seen[1]]
+    assert len({name for name, _ in seen[0]}) == len(seen[0])
+    for (name, value), (_, expected) in zip(*seen, strict=True):  # in-place ReLU has changed conv outputs
+        assert error(value, expected) < 1e-5, name
+
+
+def test_full_backward_hooks_see_the_gradients_of_plain_layers(pair):
+    seen = ([], [])
+    for model, log in zip(pair("merged"), seen, strict=True):
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        for index in (0, 3, 12):
+            model.features[index].register_full_backward_hook(lambda m, i, o, log=log: log.append(o[0]))
+        x = images(1, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        model(x).sum().backward()
+    assert len(seen[0]) == len(seen[1]) == 3
+    for ours, theirs in zip(*seen, strict=True):
+        assert error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_variant
+def test_recomputed_dropout_is_the_dropout_of_the_first_pass(variant, reentrant, pair):
+    model, _ = pair(variant)
+    gradients = []
+    for run in (model.classifier, lambda x: checkpoint(model.classifier, x, use_reentrant=reentrant)):
+        torch.manual_seed(1)
+        x = torch.randn(2, 9216).requires_grad_()
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("size", [31, 30])
+def test_trunk_of_lpips_takes_patches_from_31_pixels(size):
+    trunk = alexnet(num_classes=2).features[:12]
+    if size == 31:
+        assert trunk(images(1, 31, 31)).shape == (1, 256, 1, 1)
+    else:
+        with pytest.raises(ValueError, match="at least 3x3.*got 2x2"):
+            trunk(images(1, 30, 30))
+
+
+# --- feature vectors ----------------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize("training", [False, True])
+def test_feature_vectors_are_the_activations_after_relu_without_dropout(variant, training, pair):
+    ours, theirs = pair(variant)
+    seen = {}
+    theirs.eval()
+    theirs.classifier[4].register_forward_pre_hook(lambda m, args: seen.__setitem__("fc6", args[0].clone()))
+    theirs.classifier[6].register_forward_pre_hook(lambda m, args: seen.__setitem__("fc7", args[0].clone()))
+    x = images()
+    theirs(x)
+    ours.train(training)
+    ours.classifier[3].train(not training)  # a mode of its own
+    modes = [module.training for module in ours.modules()]
+    assert torch.equal(ours.get_feature_vector(x), ours.get_feature_vector(x, "fc7"))
+    for layer in ("fc6", "fc7"):
+        vector = ours.get_feature_vector(x, layer=layer)
+        assert vector.shape == (2, 4096)
+        assert vector.min() == 0
+        assert error(vector, seen[layer]) < 1e-5
+    assert [module.training for module in ours.modules()] == modes
+
+
+def test_feature_vectors_leave_the_mode_after_an_exception(pair):
+    model, _ = pair("paper")
+    model.train()
+    model.features[6].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.get_feature_vector(images())
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match="'fc6' or 'fc7', got 'fc8'"):
+        model.get_feature_vector(images(), layer="fc8")
+    model.classifier = nn.Linear(9216, 2)
+    with pytest.raises(ValueError, match="replaced"):
+        model.get_feature_vector(images())
+
+
+# --- state dicts --------------------------------------------------------------------------------------------
+
+
+def snapshot(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def unchanged(model, before):
+    return all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ours", ALL)
+@pytest.mark.parametrize("theirs", ALL)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_a_state_dict_of_another_variant_is_named(ours, theirs, metadata, pair):
+    state_dict = pair(theirs)[0].state_dict()
+    model, _ = pair(ours)
+    with torch.no_grad():
+        model.classifier[6].bias.zero_()
+    before = snapshot(model)
+    if ours == theirs or (not metadata and {ours, theirs} == {"paper", "caffe"}):
+        model.load_state_dict(state_dict if metadata else dict(state_dict))
+        assert unchanged(model, state_dict)
+        return
+    named = theirs if metadata or theirs != "caffe" else "paper"
+    with pytest.raises(RuntimeError, match=f"is of variant '{named}' and this model of variant '{ours}'"):
+        model.load_state_dict(state_dict if metadata else dict(state_dict))
+    assert unchanged(model, before)
+
+
+def test_another_number_of_classes_names_the_key_and_the_way_out(pair):
+    model = AlexNet(7)
+    before, state_dict = snapshot(model), pair("merged")[0].state_dict()
+    with pytest.raises(RuntimeError, match=r"'classifier.6.weight' is of 10 classes and this model's of 7.*num_classes=10"):
+        model.load_state_dict(state_dict)
+    assert unchanged(model, before)
+    del state_dict["classifier.6.weight"], state_dict["classifier.6.bias"]
+    result = model.load_state_dict(state_dict, strict=False)
+    assert result.missing_keys == ["classifier.6.weight", "classifier.6.bias"]
+    assert torch.equal(model.features[0].weight, state_dict["features.0.weight"])
+
+
+def test_missing_and_unknown_keys_are_listed_and_nothing_is_loaded(pair):
+    model = AlexNet(10)
+    before, state_dict = snapshot(model), dict(pair("merged")[0].state_dict())
+    del state_dict["features.3.bias"]
+    state_dict["features.4.gamma"] = torch.ones(1)
+    with pytest.raises(RuntimeError, match=r"lacks 'features.3.bias' and has the unknown 'features.4.gamma'"):
+        model.load_state_dict(state_dict)
+    assert unchanged(model, before)
+    with pytest.raises(RuntimeError, match=r"of no variant"):
+        model.load_state_dict({**before, "features.3.weight": torch.ones(1, 2)})
+    assert unchanged(model, before)
+
+
+def test_inside_another_module_errors_come_before_any_change(pair):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = AlexNet(10)
+
+    wrapper = Wrapper()
+    before = snapshot(wrapper)
+    state_dict = {f"net.{key}": value for key, value in pair("torchvision")[0].state_dict().items()}
+    with pytest.raises(RuntimeError, match="is of variant 'torchvision'"):
+        wrapper.load_state_dict(state_dict)
+    assert unchanged(wrapper, before)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",
+        lambda key: key.replace("features.", "features.module."),
+        lambda key: f"_orig_mod.module.{key}",
+    ],
+)
+def test_prefixes_of_wrappers_are_told_and_stripped(rename, pair):
+    source, _ = pair("torchvision")
+    wrapped = {rename(key): value for key, value in source.state_dict().items()}
+    model = alexnet(num_classes=10)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError):
+        model.load_state_dict(wrapped)
+    assert unchanged(model, before)
+    model.load_state_dict(strip_prefixes(wrapped))
+    assert same_parameters(model, source)
+    with pytest.raises(ValueError, match="become 'a'"):
+        strip_prefixes({"module.a": 1, "a": 2})
+
+
+def test_data_parallel_state_dicts_load_with_their_variant(pair):
+    source, _ = pair("caffe")
+    state_dict = strip_prefixes(nn.DataParallel(source).state_dict())
+    with pytest.raises(RuntimeError, match="is of variant 'caffe'"):
+        AlexNet(10, variant="paper").load_state_dict(state_dict)
+    model = AlexNet(10, variant="caffe")
+    model.load_state_dict(state_dict)
+    assert same_parameters(model, source)
+
+
+def test_assigning_loads_into_a_meta_model(pair):
+    source, _ = pair("merged")
+    model = AlexNet(10, device="meta")
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert same_parameters(model, source)
+
+
+# --- files and published weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["state dict", "model", "state_dict", "data parallel", "safetensors", "torchvision"])
+def test_alexnet_reads_weights_from_files(form, tmp_path, pair):
+    source, theirs = pair("torchvision")
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    state_dict = source.state_dict()
+    if form == "safetensors":
+        safetensors.torch.save_file(state_dict, path)
+    elif form in ("model", "state_dict"):
+        torch.save({form: state_dict, "epoch": 3}, path)
+    elif form == "data parallel":
+        torch.save({"state_dict": nn.DataParallel(source).state_dict()}, path)
+    else:
+        torch.save(theirs.state_dict() if form == "torchvision" else state_dict, path)
+    for name in (path, str(path)):
+        model = alexnet(weights=name)
+        assert same_parameters(model, source)
+        assert model.classifier[6].out_features == 10
+
+
+def test_files_keep_their_variant(tmp_path, pair):
+    torch.save(pair("caffe")[0].state_dict(), tmp_path / "caffe.pth")
+    with pytest.raises(RuntimeError, match="is of variant 'caffe'"):
+        alexnet(weights=tmp_path / "caffe.pth", variant="paper")
+    with pytest.raises(RuntimeError, match="is of variant 'caffe' and this model of variant 'torchvision'"):
+        alexnet(weights=tmp_path / "caffe.pth")
+    with pytest.raises(RuntimeError, match=r"'classifier.6.weight' is of 10 classes and this model's of 5"):
+        alexnet(weights=tmp_path / "caffe.pth", variant="caffe", num_classes=5)
+    assert alexnet(weights=tmp_path / "caffe.pth", variant="caffe").variant == "caffe"
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_files_that_hold_code_or_nothing_are_refused(tmp_path, capsys):
+    cases = {"evil.pth": Evil(), "number.pth": 3, "list.pth": [torch.ones(1)], "names.pth": {"a": "b"}}
+    for name, content in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(ValueError, match=name) as caught:
+            read_state_dict(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(ValueError, match=f"{name}.*cannot be read"):
+            read_state_dict(tmp_path / name)
+    assert "must not run" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no file of weights at 'IMAGENET'"):
+        alexnet(weights="IMAGENET")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        torchvision.models.AlexNet_Weights.IMAGENET1K_V1,
+        "DEFAULT",
+        "IMAGENET1K_V1",
+        "AlexNet_Weights.IMAGENET1K_V1",
+        "AlexNet_Weights.DEFAULT",
+    ],
+)
+def test_published_weights_by_enum_and_name(weights, monkeypatch):
+    published = torchvision.models.alexnet()
+    asked = []
+
+    def download(self, *args, **options):
+        asked.append((self.name, options))
+        return published.state_dict()
+
+    monkeypatch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", download)
+    assert same_parameters(alexnet(weights=weights, progress=False), published)
+    assert asked == [("IMAGENET1K_V1", {"progress": False, "check_hash": True})]
+    with pytest.raises(ValueError, match="have 1000 classes, got num_classes=10"):
+        alexnet(weights=weights, num_classes=10)
+    with pytest.raises(RuntimeError, match="is of variant 'torchvision'"):
+        alexnet(weights=weights, variant="paper")
+    if weights == "DEFAULT":
+        with pytest.warns(UserWarning, match="pretrained"):
+            assert same_parameters(alexnet(pretrained=True), published)
+
+
+def test_weights_of_another_model_are_refused():
+    with pytest.raises(TypeError, match="AlexNet_Weights"):
+        alexnet(weights=torchvision.models.VGG11_Weights.DEFAULT)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+BAD_IMAGES = [
+    ((3, 227, 227), ValueError, r"4-D batch.*got 3-D \(3, 227, 227\).*unsqueeze\(0\)"),
+    ((1, 1, 3, 227, 227), ValueError, "4-D batch.*got 5-D"),
+    ((1, 4, 227, 227), ValueError, "3 channels, got 4"),
+    ((1, 1, 227, 227), ValueError, r"3 channels, got 1.*expand"),
+    ((1, 0, 227, 227), ValueError, "3 channels, got 0"),
+    ((1, 3, 0, 227), ValueError, "at least"),
+]
+
+
+@every_variant
+@pytest.mark.parametrize(("shape", "kind", "message"), BAD_IMAGES, ids=[str(case[0]) for case in BAD_IMAGES])
+def test_images_of_another_shape_are_refused(variant, shape, kind, message):
+    model = AlexNet(variant=variant, device="meta")
+    for call in (model, model.get_feature_vector):
+        with pytest.raises(kind, match=message) as caught:
+            call(torch.zeros(shape, device="meta"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("variant", "least"), [("merged", 67), ("paper", 67), ("torchvision", 63), ("caffe", 39)])
+def test_images_below_the_least_size_are_refused_and_the_least_is_taken(variant, least):
+    model = AlexNet(variant=variant, device="meta")
+    assert model(torch.zeros(1, 3, least, least, device="meta")).shape == (1, 1000)
+    for height, width in ((least - 1, 227), (227, least - 1), (32, 32)):
+        with pytest.raises(ValueError, match=rf"variant='{variant}'\) needs images of at least {least}x{least} pixels, got {height}x{width}"):
+            model(torch.zeros(1, 3, height, width, device="meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_integer_images_are_refused(dtype):
+    with pytest.raises(TypeError, match=rf"floating-point images, got {dtype}.*float\(\) / 255"):
+        AlexNet(device="meta")(torch.zeros(1, 3, 227, 227, dtype=dtype, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "alexnet"}, "unknown variant 'alexnet': choose one of 'merged', 'paper', 'torchvision', 'caffe'"),
+        ({"variant": None}, "unknown variant None"),
+        ({"dropout": -0.1}, r"\[0, 1\], got -0.1"),
+        ({"dropout": 1.5}, r"\[0, 1\], got 1.5"),
+        ({"dropout": float("nan")}, "got nan"),
+        ({"num_classes": 0}, "at least 1, got 0"),
+        ({"init": "xavier"}, "unknown init 'xavier'.*'kaiming'"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AlexNet(device="meta", **options)
+
+
+def test_layers_of_the_users_own_end_the_check_of_sizes(pair):
+    model, _ = pair("torchvision")
+    model.features = FusedSequential(nn.Upsample(scale_factor=4), *model.features)
+    assert model.eval()(images(1, 32, 32)).shape == (1, 10)
+    model.features[1] = nn.Conv2d(1, 64, 11, 4, 2)
+    model.features = model.features[1:]
+    assert model.eval()(torch.randn(1, 1, 64, 64)).shape == (1, 10)
