@@ -59,9 +59,7 @@ def current_backend() -> str:
     """Name of the backend selected in this thread: `"auto"`, `"triton"` or `"reference"`."""
     name = _selected.get()
     if name is None:
-        name = _checked(
-            os.environ.get("ALEXNET_TRITON_BACKEND") or "auto", "the variable ALEXNET_TRITON_BACKEND"
-        )
+        name = _checked(os.environ.get("ALEXNET_TRITON_BACKEND") or "auto", "the variable ALEXNET_TRITON_BACKEND")
     return name
 
 

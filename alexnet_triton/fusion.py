@@ -45,7 +45,7 @@ class FusedSequential(nn.Sequential):
             for module in self:
                 input = module(input)
             return input
-        else:  # noqa: RET505 - the script compiler leaves a dead branch alone, but not dead code
+        else:
             return self._run_plan(input)
 
     @torch.jit.unused
@@ -97,7 +97,7 @@ def unfuse(module: Module) -> Module:
     _check_module("unfuse", module)
     for child in module.modules():
         if type(child) is FusedSequential:
-            child.__class__ = nn.Sequential
+            child.__class__ = nn.Sequential  # type: ignore[assignment]
             _plans.pop(child, None)
     return module
 
@@ -133,7 +133,7 @@ class _ConvRun(NamedTuple):
         return self.run(x, self.relu)
 
     def run(self, x: Tensor, relu: bool) -> Tensor:
-        c = self.conv
+        c: Any = self.conv  # torch declares its pairs as tuple[int, ...]
         return ops.conv2d_relu(x, c.weight, c.bias, c.stride, c.padding, c.groups, relu)
 
 
@@ -178,7 +178,7 @@ class _MapRuns(NamedTuple):
         return x
 
 
-Step = Callable[[Tensor], Tensor]
+Step = Any  # a run, or a layer: takes a tensor and gives one
 Key = tuple[tuple[nn.Module, type, bool], ...]
 
 # Plans live beside the modules, not in them: nothing to pickle, to copy, or to take out again.
@@ -201,7 +201,7 @@ def _plan(sequential: nn.Sequential) -> tuple[Step, ...]:
     return kept[1]
 
 
-def _leaves(sequential: nn.Sequential) -> Iterator[nn.Module]:
+def _leaves(sequential: nn.Module) -> Iterator[nn.Module]:
     for child in sequential._modules.values():
         assert child is not None
         if type(child) in (nn.Sequential, FusedSequential) and _untouched(child):

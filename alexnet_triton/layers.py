@@ -24,9 +24,7 @@ class GroupedLocalResponseNorm(nn.LocalResponseNorm):
         k: additive constant.
     """
 
-    def __init__(
-        self, size: int, groups: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
-    ) -> None:
+    def __init__(self, size: int, groups: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> None:
         super().__init__(size, alpha, beta, k)
         self.groups = groups
 

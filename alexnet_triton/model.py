@@ -236,16 +236,14 @@ class AlexNet(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(
-                f"AlexNet needs floating-point images, got {x.dtype}: convert them with x.float() / 255 and "
-                "normalise"
+                f"AlexNet needs floating-point images, got {x.dtype}: convert them with x.float() / 255 and normalise"
             )
         layers = _leaves(self.features)
         first = layers[0] if layers else None
         if isinstance(first, nn.Conv2d) and x.shape[1] != first.in_channels:
             hint = ": repeat a grey image with x.expand(-1, 3, -1, -1)" if x.shape[1] == 1 else ""
             raise ValueError(
-                f"AlexNet needs images of {first.in_channels} channels, got {x.shape[1]} in "
-                f"{tuple(x.shape)}{hint}"
+                f"AlexNet needs images of {first.in_channels} channels, got {x.shape[1]} in {tuple(x.shape)}{hint}"
             )
         if not all(_survives(size, axis, layers) for axis, size in enumerate(x.shape[2:])):
             least = [next(n for n in range(1, 10_000) if _survives(n, axis, layers)) for axis in (0, 1)]
@@ -256,9 +254,7 @@ class AlexNet(nn.Module):
 
     # --- state dicts ----------------------------------------------------------------------------------------
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load parameters; on an error nothing has been changed.
 
         Args:
@@ -293,9 +289,7 @@ class AlexNet(nn.Module):
             metadata[prefix[:-1]]["variant"] = self.variant
 
 
-def alexnet(
-    *, weights: Any | None = None, progress: bool = True, **kwargs: Any
-) -> AlexNet:
+def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any) -> AlexNet:
     """Build the AlexNet that torchvision has, with torchvision's signature.
 
     Args:
@@ -480,7 +474,7 @@ def _initialise(model: AlexNet, init: str) -> None:
         return  # the layers' own, already drawn
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for index, (layer, bias) in enumerate(zip(layers, _BIASES[init], strict=True)):
-        if init == "kaiming":
+        if init == "kaiming" and index < len(layers) - 1:  # the last layer has no ReLU behind it
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         else:
             nn.init.normal_(layer.weight, std=0.005 if init == "caffe" and index in (5, 6) else 0.01)
@@ -499,7 +493,7 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if not layer._modules]
 
 
-def _survives(size: int, axis: int, layers: Iterable[nn.Module]) -> bool:
+def _survives(size: int, axis: int, layers: Iterable[Any]) -> bool:
     """Whether an image side of `size` pixels leaves a map of at least one pixel after every layer.
 
     A layer that a user put in and that may change sizes in its own way ends the question.
@@ -560,7 +554,7 @@ def _check_values(model: AlexNet, theirs: Mapping[str, Any], saved_as: str | Non
     ]
     is_of = saved_as or _variant_of(theirs)
     head = [key for key in differing if key.startswith("classifier.6.")]
-    if saved_as is not None and saved_as != model.variant or len(differing) > len(head):
+    if (saved_as is not None and saved_as != model.variant) or len(differing) > len(head):
         if is_of is not None and is_of != model.variant:
             raise RuntimeError(
                 f"the state dict is of variant {is_of!r} and this model of variant {model.variant!r}, whose "
@@ -573,7 +567,9 @@ def _check_values(model: AlexNet, theirs: Mapping[str, Any], saved_as: str | Non
                 f"{tuple(own[key].shape)}: it is of no variant of this network"
             )
     if head:
-        classes = [tensor["classifier.6.weight"].shape[0] for tensor in (theirs, own) if "classifier.6.weight" in tensor]
+        classes = [
+            tensor["classifier.6.weight"].shape[0] for tensor in (theirs, own) if "classifier.6.weight" in tensor
+        ]
         raise RuntimeError(
             f"the state dict's {head[0]!r} is of {classes[0]} classes and this model's of {classes[-1]}: build "
             f"AlexNet(num_classes={classes[0]}), or drop 'classifier.6.weight' and 'classifier.6.bias' and load "
@@ -600,7 +596,10 @@ def _variant_of(state_dict: Mapping[str, Any]) -> str | None:
 
 
 def _is_published(weights: str | os.PathLike[str]) -> bool:
-    return isinstance(weights, str) and weights.removeprefix("AlexNet_Weights.") in ("DEFAULT", "IMAGENET1K_V1")
+    return isinstance(weights, str) and weights.removeprefix("AlexNet_Weights.") in (
+        "DEFAULT",
+        "IMAGENET1K_V1",
+    )
 
 
 def _published(weights: Any) -> Any:

@@ -194,9 +194,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (rows, columns)
 
 
-def _named_padding(
-    x: Tensor, weight: Tensor, stride: tuple[int, int], padding: str
-) -> tuple[Tensor, tuple[int, int]]:
+def _named_padding(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: str) -> tuple[Tensor, tuple[int, int]]:
     """`"same"` and `"valid"` in numbers; an uneven border (even filters) is added to `x` here."""
     if padding == "valid":
         return x, (0, 0)

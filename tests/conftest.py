@@ -6,11 +6,11 @@ import copy
 import functools
 import os
 
+import plain
 import pytest
 import torch
 import torchvision
 
-import plain
 from alexnet_triton import AlexNet
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -30,10 +30,8 @@ def _pair(variant: str):
         for name, parameter in ours.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    if variant == "torchvision":
-        theirs = torchvision.models.alexnet(num_classes=10)
-    else:
-        theirs = plain.alexnet(variant, 10)
+    is_torchvisions = variant == "torchvision"
+    theirs = torchvision.models.alexnet(num_classes=10) if is_torchvisions else plain.alexnet(variant, 10)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 

@@ -122,9 +122,7 @@ def test_auto_takes_triton_for_gpu_tensors():
 def test_a_compiled_function_follows_the_backend(kernel, monkeypatch):
     monkeypatch.setitem(ops.KERNELS, "lrn_max_pool", lambda x, *rest: x * 0 - 7)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    compiled = torch.compile(
-        lambda x: ops.lrn_max_pool(x, size=0, kernel_size=2), backend="eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda x: ops.lrn_max_pool(x, size=0, kernel_size=2), backend="eager", fullgraph=True)
     assert compiled(X).min() == -7
     with use_backend("reference"):
         assert compiled(X).min() == 1

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import torchvision
+from plain import error
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
 from alexnet_triton import FusedSequential, fuse, fusion, ops, unfuse, use_backend
 from alexnet_triton.layers import GroupedLocalResponseNorm
-from plain import error
 
 
 @pytest.fixture
@@ -297,7 +297,11 @@ def test_pickles_copies_and_saves_without_a_trace_of_its_plan():
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.load(file, weights_only=False)):
+    for copied in (
+        pickle.loads(pickle.dumps(model)),
+        copy.deepcopy(model),
+        torch.load(file, weights_only=False),
+    ):
         assert type(copied) is FusedSequential
         assert torch.equal(copied(IMAGE), expected)
     assert "plan" not in " ".join(model.__dict__)

@@ -3,18 +3,18 @@ import io
 import pickle
 import warnings
 
+import plain
 import pytest
 import safetensors.torch
 import torch
 import torchvision
+from plain import error
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import plain
 from alexnet_triton import VARIANTS, AlexNet, FusedSequential, alexnet, read_state_dict
 from alexnet_triton.model import strip_prefixes
-from plain import error
 
 ALL = list(VARIANTS)
 PARAMETERS = {"merged": 62_378_344, "paper": 60_965_224, "torchvision": 61_100_840, "caffe": 60_965_224}
@@ -102,14 +102,22 @@ def test_norms_of_the_variants():
 
 
 def test_pools_of_caffe_round_up():
-    rounding = {v: {m.ceil_mode for m in AlexNet(variant=v, device="meta").features if type(m) is nn.MaxPool2d} for v in ALL}
+    rounding = {
+        v: {m.ceil_mode for m in AlexNet(variant=v, device="meta").features if type(m) is nn.MaxPool2d} for v in ALL
+    }
     assert rounding == {"merged": {False}, "paper": {False}, "torchvision": {False}, "caffe": {True}}
 
 
 @pytest.mark.parametrize(
     ("variant", "size", "first_map"),
-    [("torchvision", 224, 55), ("torchvision", 227, 56), ("torchvision", 256, 63), ("paper", 227, 55), ("merged", 227, 55)],
-)  # fmt: skip
+    [
+        ("torchvision", 224, 55),
+        ("torchvision", 227, 56),
+        ("torchvision", 256, 63),
+        ("paper", 227, 55),
+        ("merged", 227, 55),
+    ],
+)
 def test_first_maps(variant, size, first_map):
     model = AlexNet(variant=variant, device="meta")
     assert model.features[0](images(1, size, size, device="meta")).shape[2:] == (first_map, first_map)
@@ -143,8 +151,12 @@ def test_a_seed_gives_the_listings_weights():
 
 @pytest.mark.parametrize(
     ("variant", "biases"),
-    [("merged", [0, 0, 0, 0, 0, 1, 1, 1]), ("paper", [0, 1, 0, 1, 1, 1, 1, 0]), ("caffe", [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0])],
-)  # fmt: skip
+    [
+        ("merged", [0, 0, 0, 0, 0, 1, 1, 1]),
+        ("paper", [0, 1, 0, 1, 1, 1, 1, 0]),
+        ("caffe", [0, 0.1, 0, 0.1, 0.1, 0.1, 0.1, 0]),
+    ],
+)
 def test_initialisation_of_2012(variant, biases):
     layers = [m for m in AlexNet(20, variant=variant).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     for index, (layer, bias) in enumerate(zip(layers, biases, strict=True)):
@@ -549,7 +561,9 @@ def test_a_state_dict_of_another_variant_is_named(ours, theirs, metadata, pair):
 def test_another_number_of_classes_names_the_key_and_the_way_out(pair):
     model = AlexNet(7)
     before, state_dict = snapshot(model), pair("merged")[0].state_dict()
-    with pytest.raises(RuntimeError, match=r"'classifier.6.weight' is of 10 classes and this model's of 7.*num_classes=10"):
+    with pytest.raises(
+        RuntimeError, match=r"'classifier.6.weight' is of 10 classes and this model's of 7.*num_classes=10"
+    ):
         model.load_state_dict(state_dict)
     assert unchanged(model, before)
     del state_dict["classifier.6.weight"], state_dict["classifier.6.bias"]
@@ -740,7 +754,10 @@ def test_images_below_the_least_size_are_refused_and_the_least_is_taken(variant,
     model = AlexNet(variant=variant, device="meta")
     assert model(torch.zeros(1, 3, least, least, device="meta")).shape == (1, 1000)
     for height, width in ((least - 1, 227), (227, least - 1), (32, 32)):
-        with pytest.raises(ValueError, match=rf"variant='{variant}'\) needs images of at least {least}x{least} pixels, got {height}x{width}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"variant='{variant}'\) needs images of at least {least}x{least} pixels, got {height}x{width}",
+        ):
             model(torch.zeros(1, 3, height, width, device="meta"))
 
 
@@ -753,7 +770,10 @@ def test_integer_images_are_refused(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "alexnet"}, "unknown variant 'alexnet': choose one of 'merged', 'paper', 'torchvision', 'caffe'"),
+        (
+            {"variant": "alexnet"},
+            "unknown variant 'alexnet': choose one of 'merged', 'paper', 'torchvision', 'caffe'",
+        ),
         ({"variant": None}, "unknown variant None"),
         ({"dropout": -0.1}, r"\[0, 1\], got -0.1"),
         ({"dropout": 1.5}, r"\[0, 1\], got 1.5"),

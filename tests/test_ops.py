@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import error
 from torch.autograd import gradcheck, gradgradcheck
 
 from alexnet_triton import ops
-from plain import error
 
 # AlexNet's five convolutions at batch 2 and a small size, and odd relatives of theirs.
 CONVS = [

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import error
 
 from alexnet_triton.reference import local_response_norm
-from plain import error
 
 
 def constant(value, dtype=torch.float32):

@@ -1,0 +1,1 @@
+"""How AlexNet is trained and judged: images, the training loop, evaluation."""

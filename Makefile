@@ -1,0 +1,40 @@
+# make demo   train on scanned digits and write demo-out/index.html
+# make test   run the tests
+# make check  lint, format, types
+# make bench  this network beside torchvision's on this CPU
+# Each creates .venv and installs what it needs, once.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+
+# The tests build many large networks: blocks that malloc keeps are not fetched from the system again.
+MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
+
+.PHONY: demo test check bench clean
+
+demo: .venv/installed-demo
+	.venv/bin/python -m alexnet_triton demo --out demo-out
+
+test: .venv/installed-test
+	$(MALLOC) .venv/bin/python -m pytest -n 2
+
+check: .venv/installed-dev
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	rm -rf build/check
+	$(PIP) --no-deps --target build/check .
+	cd build/check && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p alexnet_triton
+
+bench: .venv/installed-demo
+	.venv/bin/python -m alexnet_triton bench cpu --out bench-out
+
+clean:
+	rm -rf .venv build demo-out bench-out
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# A stamp is made when its installation has succeeded.
+.venv/installed-%: pyproject.toml | .venv/bin/python
+	$(PIP) --editable '.[$*]'
+	touch $@

@@ -1,0 +1,114 @@
+"""The command line: `alexnet-triton ...`, also `python -m alexnet_triton ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+VARIANT_NAMES = ("merged", "paper", "torchvision", "caffe")
+INIT_NAMES = (*VARIANT_NAMES, "kaiming")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and give its exit code: 0, 2 for what a user can mend, 130 after Ctrl-C.
+
+    Args:
+        arguments: the words after the program's name; None takes the process's own.
+    """
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        print(f"\nalexnet-triton: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("ALEXNET_TRITON_TRACEBACK"):
+            raise
+        print(f"alexnet-triton: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from alexnet_triton import __version__
+
+    parser = argparse.ArgumentParser("alexnet-triton", description="AlexNet on fused ops: inspect, train, measure.")
+    parser.add_argument("--version", action="version", version=f"alexnet-triton {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="print the table of layers")
+    info.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    info.add_argument("--batch", type=_positive, default=1, metavar="N", help="images; default: %(default)s")
+    info.add_argument("--num-classes", type=_positive, default=1000, metavar="N", help="default: %(default)s")
+    info.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the variant's own")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="train on real images and write a page of what was learned")
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--data", type=Path, metavar="FOLDER", help="folder of class folders; default: scanned digits")
+    demo.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    demo.add_argument("--epochs", type=_positive, default=5, metavar="N", help="default: %(default)s")
+    demo.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    demo.add_argument("--lr", type=_positive_float, metavar="RATE", help="learning rate; default: 0.03")
+    demo.add_argument("--init", choices=INIT_NAMES, default="kaiming", help="default: %(default)s")
+    demo.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: 67, of a folder 128")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    demo.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="measure this machine")
+    benches = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    cpu = benches.add_parser("cpu", help="this network beside torchvision's on the CPU")
+    cpu.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
+    cpu.add_argument("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
+    cpu.set_defaults(run=_bench_cpu)
+    return parser
+
+
+def _info(options: argparse.Namespace) -> None:
+    from alexnet_triton.info import format_table, layer_table
+
+    rows = layer_table(options.variant, options.batch, options.num_classes, options.image_size)
+    print(format_table(rows))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from alexnet_triton.demo.run import DemoOptions, run
+    from alexnet_triton.recipe.memory import keep_freed_memory
+
+    keep_freed_memory()
+    given = {name: value for name, value in vars(options).items() if name != "run" and value is not None}
+    run(DemoOptions(**given))
+
+
+def _bench_cpu(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.cpu import run
+
+    run(options.out, options.rounds)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    print(f"alexnet-triton: warning: {message}", file=sys.stderr)

@@ -1,0 +1,119 @@
+"""The pictures of the page, each written to one PNG file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from alexnet_triton.recipe.data import LabelledImages
+from alexnet_triton.recipe.train import History
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
+
+
+def curves(history: History, path: Path) -> None:
+    """Loss of every step and epoch, and accuracy on the held-out images."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = len(history.epoch_loss)
+    per_epoch = len(history.step_loss) / epochs
+    steps = (np.arange(len(history.step_loss)) + 1) / per_epoch
+    left.plot(steps, history.step_loss, color=GREY, linewidth=0.8, alpha=0.7, label="each batch")
+    left.plot(range(1, epochs + 1), history.epoch_loss, "o-", color=BLUE, label="training, mean of the epoch")
+    left.plot(range(1, epochs + 1), history.held_out_loss, "s--", color=ORANGE, label="held out")
+    left.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss", ylim=(0, None))
+    left.set_ylim(0, min(left.get_ylim()[1], 1.5 * max(history.epoch_loss)))
+    left.legend(frameon=False)
+    percent = [100 * value for value in history.held_out_accuracy]
+    right.plot(range(1, epochs + 1), percent, "s-", color=ORANGE)
+    right.annotate(f"{percent[-1]:.1f} %", (epochs, percent[-1]), (-4, -16), textcoords="offset points", ha="right")
+    right.set(xlabel="epoch", ylabel="held-out images right (%)", title="Accuracy", ylim=(0, 102))
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain(axes)
+    figure.savefig(path, dpi=120)
+
+
+def confusion(matrix: Tensor, classes: tuple[str, ...], path: Path) -> None:
+    """True classes by guessed classes, in images; numbers where they can be read."""
+    count = len(classes)
+    side = min(12.0, max(4.5, 0.5 * count + 1.5))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    shares = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                number = int(matrix[row, column])
+                if number:
+                    colour = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, str(number), ha="center", va="center", color=colour, fontsize=9)
+    labels = [_short(name) for name in classes]
+    axes.set(xlabel="guessed", ylabel="true", title="Held-out images: true class by best guess")
+    ticks = range(0, count, max(1, count // 40))
+    axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=0 if max(map(len, labels)) < 4 else 90)
+    axes.set_yticks(ticks, [labels[i] for i in ticks])
+    figure.savefig(path, dpi=120)
+
+
+def guesses(data: LabelledImages, logits: Tensor, chosen: list[int], path: Path) -> None:
+    """Images with their best guesses as bars: the true class in blue, others in orange."""
+    columns = min(4, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2.9 * columns, 1.75 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
+    for axes in grid.flat:
+        axes.axis("off")
+    best = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
+    for place, index in enumerate(chosen):
+        picture, bars = grid[place // columns][2 * (place % columns) : 2 * (place % columns) + 2]
+        picture.imshow(data.images[index].permute(1, 2, 0).numpy())
+        truth = int(data.labels[index])
+        right = int(best.indices[index, 0]) == truth
+        title = _short(data.classes[truth]) + ("" if right else "  (wrong)")
+        picture.set_title(title, fontsize=9, color="black" if right else ORANGE)
+        _bars(bars, best.values[index], [int(i) for i in best.indices[index]], truth, data.classes)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Axes, shares: Tensor, labels: list[int], truth: int, classes: tuple[str, ...]) -> None:
+    axes.axis("on")
+    axes.barh(range(len(labels)), shares.tolist(), color=[BLUE if label == truth else ORANGE for label in labels])
+    axes.set_yticks(range(len(labels)), [_short(classes[label]) for label in labels], fontsize=8)
+    axes.set(xlim=(0, 1), xticks=[])
+    axes.invert_yaxis()
+    _plain(axes)
+
+
+def filters(weight: Tensor, path: Path) -> None:
+    """The first layer's filters (K, 3, R, S) as colour pictures, each scaled to its own range."""
+    weight = weight.detach().float().cpu()
+    low = weight.amin((1, 2, 3), keepdim=True)
+    scaled = (weight - low) / (weight.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-12)
+    columns = 16
+    figure = Figure(figsize=(10, 0.66 * -(-len(scaled) // columns)), layout="constrained")
+    grid = figure.subplots(-(-len(scaled) // columns), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, picture in zip(grid.flat, scaled, strict=False):
+        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+    figure.savefig(path, dpi=120)
+
+
+def choose(count: int, number: int = 12, seed: int = 0) -> list[int]:
+    """Indices of `number` images (or all), drawn without looking at their guesses."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].tolist()
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"

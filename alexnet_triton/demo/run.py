@@ -1,0 +1,191 @@
+"""The demo, from images to page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+import alexnet_triton
+from alexnet_triton.bench.timing import in_turn, machine
+from alexnet_triton.demo import figures
+from alexnet_triton.demo.page import write_page
+from alexnet_triton.fusion import unfuse
+from alexnet_triton.info import layer_table
+from alexnet_triton.model import VARIANTS, AlexNet
+from alexnet_triton.recipe.data import LabelledImages, digits, image_folder, stratified_split
+from alexnet_triton.recipe.evaluate import Normalise, accuracy, confusion_matrix, predict
+from alexnet_triton.recipe.train import Augmentation, Settings, train
+
+BENCH_BATCH, BENCH_ROUNDS = 32, 3
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo is told; the command line's options of the same names."""
+
+    out: Path = Path("demo-out")
+    data: Path | None = None
+    variant: str = "merged"
+    epochs: int = 5
+    batch_size: int = 32
+    lr: float = 0.03
+    init: str = "kaiming"
+    image_size: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+
+def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
+    """Train, judge, measure, and write `index.html`, its pictures, `metrics.json` and `checkpoint.pt`.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        DataError: the images cannot be used.
+        ValueError: an option is out of its range.
+        Interrupted: Ctrl-C, after the checkpoint has been written.
+    """
+    out = _made(options.out)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(options.seed)
+    data = _load(options, progress)
+    learn, held_out = stratified_split(data, 0.2, options.seed)
+    normalise = Normalise(*learn.statistics()).to(device)
+    model = AlexNet(len(data.classes), variant=options.variant, init=options.init).to(device)
+    print(
+        f"AlexNet ({options.variant}) on {data.name}: {len(learn):,} images to learn from, {len(held_out):,} held out, "
+        f"{len(data.classes)} classes, on {device}; Ctrl-C stops and keeps {out / 'checkpoint.pt'}"
+    )
+    model(normalise(learn.images[:1].to(device)))  # what does not fit is said before any work
+    born = model.get_parameter("features.0.weight").detach().clone()
+    settings = Settings(options.epochs, options.batch_size, options.lr, seed=options.seed)
+    history = train(
+        model,
+        learn,
+        held_out,
+        normalise,
+        settings,
+        out / "checkpoint.pt",
+        _augmentation(options),
+        progress=progress,
+    )
+    logits = predict(model, held_out, normalise)
+
+    print("drawing and measuring")
+    figures.curves(history, out / "curves.png")
+    figures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
+    figures.guesses(held_out, logits, figures.choose(len(held_out), seed=options.seed), out / "guesses.png")
+    first = model.get_parameter("features.0.weight")
+    figures.filters(first, out / "filters.png")
+    figures.filters(first - born, out / "learned.png")
+    metrics: dict[str, Any] = {
+        "version": alexnet_triton.__version__,
+        "variant": options.variant,
+        "settings": {**asdict(settings), "init": options.init},
+        "data": {
+            "name": data.name,
+            "learned_from": len(learn),
+            "held_out": len(held_out),
+            "classes": len(data.classes),
+            "image_size": data.images.shape[-1],
+            "grey": bool((data.images == data.images[:, :1]).all()),
+        },
+        "accuracy": accuracy(logits, held_out.labels),
+        "top5_accuracy": accuracy(logits, held_out.labels, 5),
+        "confusion": confusion_matrix(logits, held_out.labels).tolist(),
+        "class_names": list(data.classes),
+        "history": asdict(history),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "filters": len(first),
+        "throughput": _throughput(model, options.variant, device),
+        "layers": _layers(options.variant, data),
+        "machine": machine(device.type),
+    }
+    write_page(metrics, out / "index.html")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    print(f"{metrics['accuracy']:.1%} of the held-out images right after {history.seconds:.0f} s of training")
+    for row in metrics["throughput"]["images_per_second"]:
+        print(f"  {row['network']:32}{row['inference']:8,.0f} images/s inference{row['training']:8,.0f} training")
+    print(f"open {out / 'index.html'}")
+    return metrics
+
+
+def _made(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{str(out)!r} is a file, and --out needs a folder") from error
+    return out
+
+
+def _load(options: DemoOptions, progress: bool) -> LabelledImages:
+    if options.data is None:
+        return digits(options.image_size or 67)
+    return image_folder(options.data, options.image_size or 128, progress=progress)
+
+
+def _augmentation(options: DemoOptions) -> Augmentation | None:
+    """Photographs are shifted, turned, scaled a little and mirrored; the digits, cut out and centred, are not."""
+    if options.data is None:
+        return None
+    shift = v2.RandomAffine(8, (0.06, 0.06), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
+    return v2.Compose([shift, v2.RandomHorizontalFlip()])
+
+
+def _layers(variant: str, data: LabelledImages) -> list[dict[str, Any]]:
+    rows = layer_table(variant, 1, len(data.classes), data.images.shape[-1])
+    return [{**asdict(row), "output": list(row.output)} for row in rows]
+
+
+def _throughput(model: AlexNet, variant: str, device: torch.device) -> dict[str, Any]:
+    """Images per second of this network fused, of the same layers unfused, and of torchvision's AlexNet."""
+    from torchvision.models import alexnet as torchvision_alexnet
+
+    classes = model.classifier[6].out_features
+    networks: dict[str, nn.Module] = {
+        f"alexnet_triton ({variant})": model,
+        "the same in plain layers": unfuse(copy.deepcopy(model)),
+        "torchvision": torchvision_alexnet(num_classes=classes).to(device),
+    }
+    size = VARIANTS[variant].image_size
+    images = torch.randn(BENCH_BATCH, 3, size, size, device=device)
+
+    def inference(network: nn.Module) -> Callable[[], None]:
+        def look() -> None:
+            with torch.inference_mode():
+                network(images)
+
+        return look
+
+    rates = []
+    for task, mode in ((inference, False), (lambda network: _step(network, images), True)):
+        for network in networks.values():
+            network.train(mode)
+        functions = {name: task(network) for name, network in networks.items()}
+        times = in_turn(functions, BENCH_ROUNDS, device.type)
+        rates.append({name: BENCH_BATCH / statistics.median(values) for name, values in times.items()})
+    rows = [{"network": name, "inference": rates[0][name], "training": rates[1][name]} for name in networks]
+    return {"batch": BENCH_BATCH, "image_size": size, "rounds": BENCH_ROUNDS, "images_per_second": rows}
+
+
+def _step(network: nn.Module, images: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
+    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+    return step

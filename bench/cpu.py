@@ -1,0 +1,150 @@
+"""This network on a CPU beside torchvision's, same weights, pair by pair in one run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from alexnet_triton.bench.memory import peak_bytes
+from alexnet_triton.bench.timing import in_turn, machine, speedup, summary
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from alexnet_triton import alexnet
+
+OURS, THEIRS = "alexnet_triton", "torchvision"
+
+BATCHES = ((1, 8), (8, 3), (32, 1))
+"""Batch sizes of inference, and how many times the rounds each gets."""
+
+AIMS = {
+    "inference, batch 1": 1.0,
+    "inference, batch 32": 1.3,
+    "training step, batch 32": 1.1,
+    "peak memory, inference, batch 32": 1.0,
+    "peak memory, training, batch 32": 1.0,
+}
+"""Least ratio of torchvision's figure to ours."""
+
+
+def training_step(model: nn.Module, images: Tensor) -> Callable[[], None]:
+    """Forward, backward and SGD with momentum on one batch, as a function to be timed."""
+    labels = torch.arange(len(images)) % 1000
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def run(out: Path, rounds: int = 15, *, progress: bool = True) -> dict[str, Any]:
+    """Measure, print a table, and write `out/cpu.json`.
+
+    Args:
+        out: folder of the JSON file; made where it is missing.
+        rounds: samples of each time at batch 32 (more at smaller batches).
+        progress: show a progress bar.
+
+    Raises:
+        RuntimeError: the two networks' numbers differ; then nothing is reported.
+    """
+    import torchvision
+
+    torch.manual_seed(0)
+    theirs = torchvision.models.alexnet()
+    ours = alexnet(device="meta")
+    ours.load_state_dict({key: value.clone() for key, value in theirs.state_dict().items()}, assign=True)
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=7, desc="bench cpu", disable=not progress) as bar:
+        for batch, times in BATCHES:
+            rows.append(_inference(ours, theirs, batch, rounds * times))
+            bar.update()
+        rows.append(_training(ours, theirs, 32, max(3, rounds // 2)))
+        bar.update()
+        for task in ("inference", "training"):
+            rows.append(_memory(task, 32))
+            bar.update()
+        rows.append(_dispatch(ours, theirs, rounds * 20))
+        bar.update()
+    result = {
+        "machine": machine(),
+        "method": "median over rounds, models in turn, same weights, 224x224",
+        "rows": rows,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(format_result(result))
+    print(f"written to {out / 'cpu.json'}")
+    return result
+
+
+def _check(ours: nn.Module, theirs: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        y, expected = ours.eval()(images), theirs.eval()(images)
+    if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()):
+        raise RuntimeError("the two networks give different numbers for the same weights; no time is reported")
+
+
+def _row(what: str, unit: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+    row = {"what": what, "unit": unit, "ratio": speedup(samples, OURS, THEIRS), "aim": AIMS.get(what)}
+    return {**row, **{name: summary(values) for name, values in samples.items()}}
+
+
+def _inference(ours: nn.Module, theirs: nn.Module, batch: int, rounds: int) -> dict[str, Any]:
+    images = torch.randn(batch, 3, 224, 224)
+    _check(ours, theirs, images)
+    with torch.inference_mode():
+        samples = in_turn({OURS: lambda: ours(images), THEIRS: lambda: theirs(images)}, rounds)
+    return _row(f"inference, batch {batch}", "s", samples)
+
+
+def _training(ours: nn.Module, theirs: nn.Module, batch: int, rounds: int) -> dict[str, Any]:
+    images = torch.randn(batch, 3, 224, 224)
+    steps = {OURS: training_step(ours.train(), images), THEIRS: training_step(theirs.train(), images)}
+    return _row(f"training step, batch {batch}", "s", in_turn(steps, rounds))
+
+
+def _memory(task: str, batch: int) -> dict[str, Any]:
+    samples: dict[str, list[float]] = {OURS: [], THEIRS: []}
+    for _ in range(2):
+        for name, values in samples.items():
+            values.append(float(peak_bytes(name, task, batch)))
+    return _row(f"peak memory, {task}, batch {batch}", "B", samples)
+
+
+def _dispatch(ours: nn.Module, theirs: nn.Module, rounds: int) -> dict[str, Any]:
+    """An empty batch computes nothing: what is left is checking, planning and dispatch."""
+    images = torch.empty(0, 3, 224, 224)
+    ours.eval(), theirs.eval()
+    with torch.inference_mode():
+        samples = in_turn({OURS: lambda: ours(images), THEIRS: lambda: theirs(images)}, rounds)
+    row = _row("a forward of an empty batch", "s", samples)
+    return {**row, "extra": statistics.median(samples[OURS]) - statistics.median(samples[THEIRS])}
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The result as a table of text."""
+    facts = result["machine"]
+    lines = [
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}",
+        f"{'':36}{'alexnet_triton':>16}{'torchvision':>16}{'ratio':>8}{'aim':>7}",
+    ]
+    for row in result["rows"]:
+        aim = f">={row['aim']:.1f}" if row["aim"] else ""
+        values = (_quantity(row[name]["median"], row["unit"]) for name in (OURS, THEIRS))
+        lines.append(f"{row['what']:36}{''.join(f'{value:>16}' for value in values)}{row['ratio']:>8.2f}{aim:>7}")
+    return "\n".join(lines)
+
+
+def _quantity(value: float, unit: str) -> str:
+    if unit == "B":
+        return f"{value / 2**20:,.0f} MiB"
+    return f"{value * 1e3:,.1f} ms" if value >= 1e-3 else f"{value * 1e6:,.0f} us"
