@@ -21,6 +21,9 @@ __all__ = ["VARIANTS", "AlexNet", "Variant", "alexnet", "read_state_dict", "stri
 FEATURES = 4096
 """Width of fc6 and fc7."""
 
+ALWAYS_LARGE_ENOUGH = 67
+"""Pixels a side that every variant takes; no need to look closer. (Layers that a user put in check themselves.)"""
+
 INITS = ("merged", "paper", "torchvision", "caffe", "kaiming")
 
 
@@ -238,13 +241,15 @@ class AlexNet(nn.Module):
             raise TypeError(
                 f"AlexNet needs floating-point images, got {x.dtype}: convert them with x.float() / 255 and normalise"
             )
-        layers = _leaves(self.features)
-        first = layers[0] if layers else None
-        if isinstance(first, nn.Conv2d) and x.shape[1] != first.in_channels:
+        first = next(iter(self.features._modules.values()), None)
+        if type(first) is nn.Conv2d and x.shape[1] != first.in_channels:
             hint = ": repeat a grey image with x.expand(-1, 3, -1, -1)" if x.shape[1] == 1 else ""
             raise ValueError(
                 f"AlexNet needs images of {first.in_channels} channels, got {x.shape[1]} in {tuple(x.shape)}{hint}"
             )
+        if min(x.shape[2], x.shape[3]) >= ALWAYS_LARGE_ENOUGH:
+            return
+        layers = _leaves(self.features)
         if not all(_survives(size, axis, layers) for axis, size in enumerate(x.shape[2:])):
             least = [next(n for n in range(1, 10_000) if _survives(n, axis, layers)) for axis in (0, 1)]
             raise ValueError(

@@ -67,7 +67,7 @@ def run(out: Path, rounds: int = 15, *, progress: bool = True) -> dict[str, Any]
         for batch, times in BATCHES:
             rows.append(_inference(ours, theirs, batch, rounds * times))
             bar.update()
-        rows.append(_training(ours, theirs, 32, max(3, rounds // 2)))
+        rows.append(_training(ours, theirs, 32, rounds))
         bar.update()
         for task in ("inference", "training"):
             rows.append(_memory(task, 32))
