@@ -3,7 +3,9 @@
 from alexnet_triton import ops
 from alexnet_triton.backend import use_backend
 from alexnet_triton.fusion import FusedSequential, fuse, unfuse
-from alexnet_triton.model import VARIANTS, AlexNet, alexnet, read_state_dict
+from alexnet_triton.model import AlexNet, alexnet
+from alexnet_triton.variants import VARIANTS
+from alexnet_triton.weights import read_state_dict
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alexnet_triton.model import VARIANTS, AlexNet
+from alexnet_triton.model import AlexNet
+from alexnet_triton.variants import VARIANTS
 
 NAMES = dict(
     zip(

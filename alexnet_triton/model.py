@@ -1,22 +1,21 @@
-"""AlexNet and its variants: ordinary layers under the names that people know, executed in fused runs."""
+"""AlexNet: ordinary layers under the names that people know, executed in fused runs."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alexnet_triton.fusion import FusedSequential
 from alexnet_triton.layers import GroupedLocalResponseNorm
+from alexnet_triton.variants import PAPER_FORMULA, VARIANTS, Norm, Variant
+from alexnet_triton.weights import check_keys, check_values, is_published, published, read_state_dict
 
-__all__ = ["VARIANTS", "AlexNet", "Variant", "alexnet", "read_state_dict", "strip_prefixes"]
+__all__ = ["AlexNet", "alexnet"]
 
 FEATURES = 4096
 """Width of fc6 and fc7."""
@@ -25,95 +24,6 @@ ALWAYS_LARGE_ENOUGH = 67
 """Pixels a side that every variant takes; no need to look closer. (Layers that a user put in check themselves.)"""
 
 INITS = ("merged", "paper", "torchvision", "caffe", "kaiming")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Local response normalisation in torch's terms (`alpha` is divided by the 5 channels), beta 0.75."""
-
-    alpha: float
-    k: float
-    groups: int = 1
-
-
-PAPER_FORMULA = Norm(alpha=5e-4, k=2.0)
-"""Krizhevsky et al. 2012, section 3.3: alpha is 1e-4 a channel there, so five times that here."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the networks that are called AlexNet."""
-
-    name: str
-    description: str
-    filters: tuple[int, int, int, int, int]
-    """Of conv1 to conv5."""
-    groups: int
-    """Of conv2, conv4 and conv5."""
-    padding: int
-    """Of conv1, in pixels."""
-    norm: Norm | None
-    """After the ReLUs of conv1 and conv2; None: no normalisation unless it is asked for."""
-    dropout_first: bool
-    """Dropout stands before fc6 and fc7 rather than after them."""
-    ceil_mode: bool
-    """The pools round their output sizes up."""
-    image_size: int
-    """Side of the images that it was made for, in pixels."""
-
-
-VARIANTS: Mapping[str, Variant] = MappingProxyType(
-    {
-        variant.name: variant
-        for variant in (
-            Variant(
-                name="merged",
-                description="2012 filters on one device: no groups, no LRN",
-                filters=(96, 256, 384, 384, 256),
-                groups=1,
-                padding=0,
-                norm=None,
-                dropout_first=True,
-                ceil_mode=False,
-                image_size=227,
-            ),
-            Variant(
-                name="paper",
-                description="2012 as published: two towers (groups), LRN inside each",
-                filters=(96, 256, 384, 384, 256),
-                groups=2,
-                padding=0,
-                norm=Norm(alpha=5e-4, k=2.0, groups=2),
-                dropout_first=False,
-                ceil_mode=False,
-                image_size=227,
-            ),
-            Variant(
-                name="torchvision",
-                description="2014 filters (One weird trick), as torchvision has them",
-                filters=(64, 192, 384, 256, 256),
-                groups=1,
-                padding=2,
-                norm=None,
-                dropout_first=True,
-                ceil_mode=False,
-                image_size=224,
-            ),
-            Variant(
-                name="caffe",
-                description="bvlc_alexnet: groups, LRN across all channels, pools round up",
-                filters=(96, 256, 384, 384, 256),
-                groups=2,
-                padding=0,
-                norm=Norm(alpha=1e-4, k=1.0),
-                dropout_first=False,
-                ceil_mode=True,
-                image_size=227,
-            ),
-        )
-    }
-)
-"""The variants by name. Their state dicts have the same keys; their weights are not interchangeable."""
 
 
 class AlexNet(nn.Module):
@@ -276,7 +186,7 @@ class AlexNet(nn.Module):
         """
         own = self.state_dict()
         if strict:
-            _check_keys(state_dict, own)
+            check_keys(state_dict, own)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
@@ -284,7 +194,7 @@ class AlexNet(nn.Module):
     ) -> None:
         # The first module that load_state_dict visits is this one, so an error here comes before any change.
         theirs = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        _check_values(self, theirs, local_metadata.get("variant"))
+        check_values(self, self.variant, theirs, local_metadata.get("variant"))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -317,13 +227,13 @@ def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any)
         weights = "DEFAULT" if kwargs.pop("pretrained") else weights
     if weights is None:
         return AlexNet(**kwargs)
-    if isinstance(weights, (str, os.PathLike)) and not _is_published(weights):
+    if isinstance(weights, (str, os.PathLike)) and not is_published(weights):
         state_dict = read_state_dict(weights)
         last = state_dict.get("classifier.6.weight")
         if last is not None:
             kwargs.setdefault("num_classes", last.shape[0])
     else:
-        member = _published(weights)
+        member = published(weights)
         classes = len(member.meta["categories"])
         if kwargs.setdefault("num_classes", classes) != classes:
             raise ValueError(
@@ -334,74 +244,6 @@ def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any)
     model = AlexNet(**kwargs)
     model.load_state_dict(state_dict)
     return model
-
-
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a file, running no code that the file may hold.
-
-    Takes what `torch.save` wrote of a state dict or of a checkpoint that holds one under `"model"` or
-    `"state_dict"`, and safetensors (by the ending `.safetensors`). The prefixes of wrappers are taken off
-    (see `strip_prefixes`).
-
-    Args:
-        path: the file.
-
-    Returns:
-        Parameters by name, on the CPU.
-
-    Raises:
-        ValueError: there is no such file, or it holds anything but tensors and plain types, or no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file of weights at {str(path)!r}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{str(path)!r} cannot be read as tensors and plain types: {cause}") from error
-    for name in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-    if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
-        raise ValueError(f"{str(path)!r} holds no state dict (tensors by parameter name)")
-    return strip_prefixes(content)
-
-
-def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Take off what wrappers put into the names of parameters, and drop nothing.
-
-    `DataParallel` and DDP put `module.` in front (of the whole model, or of `features` alone as in PyTorch's
-    ImageNet example), `torch.compile` `_orig_mod.`.
-
-    Args:
-        state_dict: parameters by name.
-
-    Returns:
-        The same values under plain names, with the original's metadata (the variant).
-
-    Raises:
-        ValueError: two names become one.
-    """
-    plain = type(state_dict)() if isinstance(state_dict, dict) else {}
-    wrappers = ("module", "_orig_mod")
-    for key, value in state_dict.items():
-        name = ".".join(part for part in key.split(".") if part not in wrappers)
-        if name in plain:
-            raise ValueError(f"two keys of the state dict become {name!r} without their wrappers' prefixes")
-        plain[name] = value
-    metadata = getattr(state_dict, "_metadata", None)
-    if metadata is not None:
-        for key in list(metadata):
-            name = ".".join(part for part in key.split(".") if part not in wrappers)
-            metadata = {**metadata, name: {**metadata.get(name, {}), **metadata[key]}}
-        plain._metadata = metadata  # type: ignore[attr-defined]
-    return cast("dict[str, Any]", plain)
 
 
 # --- building -----------------------------------------------------------------------------------------------
@@ -523,93 +365,3 @@ def _survives(size: int, axis: int, layers: Iterable[Any]) -> bool:
             last -= 1  # the last window starts inside
         size = last + 1
     return True
-
-
-def _check_keys(theirs: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    missing = [key for key in own if key not in theirs]
-    unknown = [key for key in theirs if key not in own]
-    if not missing and not unknown:
-        return
-    if not any(key in own for key in theirs) and set(strip_prefixes(theirs)) >= set(own):
-        raise RuntimeError(
-            f"the state dict has a wrapper's prefix, as in {unknown[0]!r}: pass it through "
-            "alexnet_triton.model.strip_prefixes"
-        )
-    parts = []
-    if missing:
-        parts.append(f"lacks {_some(missing)}")
-    if unknown:
-        parts.append(f"has the unknown {_some(unknown)}")
-    raise RuntimeError(
-        f"the state dict {' and '.join(parts)}: it must have this model's keys, or be loaded with strict=False"
-    )
-
-
-def _some(keys: list[str]) -> str:
-    shown = ", ".join(map(repr, keys[:4]))
-    return shown if len(keys) <= 4 else f"{shown} and {len(keys) - 4} more"
-
-
-def _check_values(model: AlexNet, theirs: Mapping[str, Any], saved_as: str | None) -> None:
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    differing = [
-        key
-        for key, value in theirs.items()
-        if key in own and isinstance(value, Tensor) and value.shape != own[key].shape
-    ]
-    is_of = saved_as or _variant_of(theirs)
-    head = [key for key in differing if key.startswith("classifier.6.")]
-    if (saved_as is not None and saved_as != model.variant) or len(differing) > len(head):
-        if is_of is not None and is_of != model.variant:
-            raise RuntimeError(
-                f"the state dict is of variant {is_of!r} and this model of variant {model.variant!r}, whose "
-                f"weights are not interchangeable: load it into AlexNet(variant={is_of!r})"
-            )
-        if differing:
-            key = differing[0]
-            raise RuntimeError(
-                f"the state dict's {key!r} has shape {tuple(theirs[key].shape)} and this model's "
-                f"{tuple(own[key].shape)}: it is of no variant of this network"
-            )
-    if head:
-        classes = [
-            tensor["classifier.6.weight"].shape[0] for tensor in (theirs, own) if "classifier.6.weight" in tensor
-        ]
-        raise RuntimeError(
-            f"the state dict's {head[0]!r} is of {classes[0]} classes and this model's of {classes[-1]}: build "
-            f"AlexNet(num_classes={classes[0]}), or drop 'classifier.6.weight' and 'classifier.6.bias' and load "
-            "with strict=False"
-        )
-
-
-def _variant_of(state_dict: Mapping[str, Any]) -> str | None:
-    """The variant whose shapes these are; "paper" and "caffe" share theirs, and the first is named."""
-    shapes = [
-        tuple(state_dict[f"features.{index}.weight"].shape[:2])
-        for index in (0, 3, 6, 8, 10)
-        if isinstance(state_dict.get(f"features.{index}.weight"), Tensor)
-    ]
-    for spec in VARIANTS.values():
-        depths = (3, *spec.filters)
-        groups = (1, spec.groups, 1, spec.groups, spec.groups)
-        if shapes == [(k, c // g) for k, c, g in zip(spec.filters, depths[:5], groups, strict=True)]:
-            return spec.name
-    return None
-
-
-# --- published weights --------------------------------------------------------------------------------------
-
-
-def _is_published(weights: str | os.PathLike[str]) -> bool:
-    return isinstance(weights, str) and weights.removeprefix("AlexNet_Weights.") in (
-        "DEFAULT",
-        "IMAGENET1K_V1",
-    )
-
-
-def _published(weights: Any) -> Any:
-    from torchvision.models import AlexNet_Weights
-
-    if isinstance(weights, str):
-        return AlexNet_Weights[weights.removeprefix("AlexNet_Weights.")]
-    return AlexNet_Weights.verify(weights)

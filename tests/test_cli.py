@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from alexnet_triton.cli import INIT_NAMES, VARIANT_NAMES, main
-from alexnet_triton.model import INITS, VARIANTS
+from alexnet_triton.model import INITS
+from alexnet_triton.variants import VARIANTS
 
 
 def test_names_on_the_command_line_are_the_networks():

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import alexnet_triton
+from alexnet_triton.bench.cpu import training_step
 from alexnet_triton.bench.timing import in_turn, machine
 from alexnet_triton.demo import figures
 from alexnet_triton.demo.page import write_page
 from alexnet_triton.fusion import unfuse
 from alexnet_triton.info import layer_table
-from alexnet_triton.model import VARIANTS, AlexNet
+from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.data import LabelledImages, digits, image_folder, stratified_split
 from alexnet_triton.recipe.evaluate import Normalise, accuracy, confusion_matrix, predict
-from alexnet_triton.recipe.train import Augmentation, Settings, train
+from alexnet_triton.recipe.train import Augmentation, History, Interrupted, Settings, train
+from alexnet_triton.variants import VARIANTS
 
 BENCH_BATCH, BENCH_ROUNDS = 32, 3
 
@@ -57,68 +58,81 @@ def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
         Interrupted: Ctrl-C, after the checkpoint has been written.
     """
     out = _made(options.out)
+    checkpoint = out / "checkpoint.pt"
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(options.seed)
-    data = _load(options, progress)
-    learn, held_out = stratified_split(data, 0.2, options.seed)
+    learn, held_out = stratified_split(_load(options, progress), 0.2, options.seed)
     normalise = Normalise(*learn.statistics()).to(device)
-    model = AlexNet(len(data.classes), variant=options.variant, init=options.init).to(device)
+    model = AlexNet(len(learn.classes), variant=options.variant, init=options.init).to(device)
     print(
-        f"AlexNet ({options.variant}) on {data.name}: {len(learn):,} images to learn from, {len(held_out):,} held out, "
-        f"{len(data.classes)} classes, on {device}; Ctrl-C stops and keeps {out / 'checkpoint.pt'}"
+        f"AlexNet ({options.variant}) on {learn.name}: {len(learn):,} images to learn from, {len(held_out):,} "
+        f"held out, {len(learn.classes)} classes, on {device}; Ctrl-C stops and keeps {checkpoint}"
     )
-    model(normalise(learn.images[:1].to(device)))  # what does not fit is said before any work
+    model.get_feature_vector(normalise(learn.images[:1].to(device)))  # what does not fit is said before any work
     born = model.get_parameter("features.0.weight").detach().clone()
     settings = Settings(options.epochs, options.batch_size, options.lr, seed=options.seed)
-    history = train(
-        model,
-        learn,
-        held_out,
-        normalise,
-        settings,
-        out / "checkpoint.pt",
-        _augmentation(options),
-        progress=progress,
-    )
-    logits = predict(model, held_out, normalise)
-
+    augment = _augmentation(options)
+    history = train(model, learn, held_out, normalise, settings, checkpoint, augment, progress=progress)
     print("drawing and measuring")
-    figures.curves(history, out / "curves.png")
-    figures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
-    figures.guesses(held_out, logits, figures.choose(len(held_out), seed=options.seed), out / "guesses.png")
-    first = model.get_parameter("features.0.weight")
-    figures.filters(first, out / "filters.png")
-    figures.filters(first - born, out / "learned.png")
-    metrics: dict[str, Any] = {
-        "version": alexnet_triton.__version__,
-        "variant": options.variant,
-        "settings": {**asdict(settings), "init": options.init},
-        "data": {
-            "name": data.name,
-            "learned_from": len(learn),
-            "held_out": len(held_out),
-            "classes": len(data.classes),
-            "image_size": data.images.shape[-1],
-            "grey": bool((data.images == data.images[:, :1]).all()),
-        },
-        "accuracy": accuracy(logits, held_out.labels),
-        "top5_accuracy": accuracy(logits, held_out.labels, 5),
-        "confusion": confusion_matrix(logits, held_out.labels).tolist(),
-        "class_names": list(data.classes),
-        "history": asdict(history),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "filters": len(first),
-        "throughput": _throughput(model, options.variant, device),
-        "layers": _layers(options.variant, data),
-        "machine": machine(device.type),
-    }
-    write_page(metrics, out / "index.html")
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    try:
+        logits = predict(model, held_out, normalise)
+        _draw(out, model, born, held_out, logits, history, options.seed)
+        metrics = _metrics(options, model, learn, held_out, logits, settings, history)
+        write_page(metrics, out / "index.html")
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    except KeyboardInterrupt:
+        raise Interrupted(checkpoint) from None
     print(f"{metrics['accuracy']:.1%} of the held-out images right after {history.seconds:.0f} s of training")
     for row in metrics["throughput"]["images_per_second"]:
         print(f"  {row['network']:32}{row['inference']:8,.0f} images/s inference{row['training']:8,.0f} training")
     print(f"open {out / 'index.html'}")
     return metrics
+
+
+def _draw(
+    out: Path, model: AlexNet, born: Tensor, held_out: LabelledImages, logits: Tensor, history: History, seed: int
+) -> None:
+    figures.curves(history, out / "curves.png")
+    figures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
+    figures.guesses(held_out, logits, figures.choose(len(held_out), seed=seed), out / "guesses.png")
+    first = model.get_parameter("features.0.weight")
+    figures.filters(first, out / "filters.png")
+    figures.filters(first - born, out / "learned.png")
+
+
+def _metrics(
+    options: DemoOptions,
+    model: AlexNet,
+    learn: LabelledImages,
+    held_out: LabelledImages,
+    logits: Tensor,
+    settings: Settings,
+    history: History,
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
+        "version": alexnet_triton.__version__,
+        "variant": options.variant,
+        "settings": {**asdict(settings), "init": options.init},
+        "data": {
+            "name": learn.name,
+            "learned_from": len(learn),
+            "held_out": len(held_out),
+            "classes": len(learn.classes),
+            "image_size": learn.images.shape[-1],
+            "grey": bool((learn.images == learn.images[:, :1]).all()),
+        },
+        "accuracy": accuracy(logits, held_out.labels),
+        "top5_accuracy": accuracy(logits, held_out.labels, 5),
+        "confusion": confusion_matrix(logits, held_out.labels).tolist(),
+        "class_names": list(learn.classes),
+        "history": asdict(history),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "filters": len(model.get_parameter("features.0.weight")),
+        "throughput": _throughput(model, options.variant, device),
+        "layers": _layers(options.variant, learn),
+        "machine": machine(device.type),
+    }
 
 
 def _made(out: Path) -> Path:
@@ -169,7 +183,7 @@ def _throughput(model: AlexNet, variant: str, device: torch.device) -> dict[str,
         return look
 
     rates = []
-    for task, mode in ((inference, False), (lambda network: _step(network, images), True)):
+    for task, mode in ((inference, False), (lambda network: training_step(network, images), True)):
         for network in networks.values():
             network.train(mode)
         functions = {name: task(network) for name, network in networks.items()}
@@ -177,15 +191,3 @@ def _throughput(model: AlexNet, variant: str, device: torch.device) -> dict[str,
         rates.append({name: BENCH_BATCH / statistics.median(values) for name, values in times.items()})
     rows = [{"network": name, "inference": rates[0][name], "training": rates[1][name]} for name in networks]
     return {"batch": BENCH_BATCH, "image_size": size, "rounds": BENCH_ROUNDS, "images_per_second": rows}
-
-
-def _step(network: nn.Module, images: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
-    labels = torch.zeros(len(images), dtype=torch.long, device=images.device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-
-    return step
