@@ -140,7 +140,8 @@ def format_result(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         aim = f">={row['aim']:.1f}" if row["aim"] else ""
         values = (_quantity(row[name]["median"], row["unit"]) for name in (OURS, THEIRS))
-        lines.append(f"{row['what']:36}{''.join(f'{value:>16}' for value in values)}{row['ratio']:>8.2f}{aim:>7}")
+        cells = "".join(f"{value:>16}" for value in values)
+        lines.append(f"{row['what']:36}{cells}{row['ratio']:>8.2f}{aim:>7}".rstrip())
     return "\n".join(lines)
 
 

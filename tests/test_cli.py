@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 
@@ -71,7 +72,7 @@ def test_module_is_the_same_command_line():
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of a POSIX shell")
 def test_a_reader_that_leaves_early_is_no_traceback():
-    command = f"{sys.executable} -m alexnet_triton info | head -1"
+    command = f"{shlex.quote(sys.executable)} -m alexnet_triton info | head -1"
     result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr
     assert result.stdout.startswith("layer")

@@ -14,7 +14,10 @@ def write_page(metrics: dict[str, Any], path: Path) -> None:
     template = Template(resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
     data, speed, layers = metrics["data"], metrics["throughput"], metrics["layers"]
     machine = metrics["machine"]
-    grey = " These images are grey, so what is learned has no colour."
+    grey = (
+        " These images are grey, so what was learned has no colour; the faint coloured noise is weight decay, which "
+        "takes a little of every weight."
+    )
     values: dict[str, Any] = {
         "data_name": data["name"],
         "variant": metrics["variant"],
