@@ -114,7 +114,7 @@ def _training(ours: nn.Module, theirs: nn.Module, batch: int, rounds: int) -> di
 
 def _memory(task: str, batch: int) -> dict[str, Any]:
     samples: dict[str, list[float]] = {OURS: [], THEIRS: []}
-    for _ in range(2):
+    for _ in range(3):
         for name, values in samples.items():
             values.append(float(peak_bytes(name, task, batch)))
     return _row(f"peak memory, {task}, batch {batch}", "B", samples)
