@@ -1,0 +1,162 @@
+"""The one door through which kernels are launched, and what they are told about the device.
+
+Every launch of the package goes through `launch`, and every buffer that a kernel fills comes from `empty`. So a
+test can poison outputs in one place, and the compiler's tool can run the very code that launches, with meta
+tensors and an absent GPU's name, and see which kernels would run with which arguments (`recording`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+
+class Target(NamedTuple):
+    """A device as far as a launch's configuration depends on it."""
+
+    backend: str
+    """`"cuda"`, `"hip"`, or `"cpu"` for the interpreter."""
+    arch: int | str
+    """Compute capability (90) or architecture (`"gfx942"`)."""
+    multiprocessors: int
+    shared_memory: int
+    """Bytes that one program may have."""
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 108, 166_912),
+    "sm_86": Target("cuda", 86, 84, 101_376),
+    "sm_89": Target("cuda", 89, 128, 101_376),
+    "sm_90": Target("cuda", 90, 132, 232_448),
+    "sm_100": Target("cuda", 100, 148, 232_448),
+    "sm_120": Target("cuda", 120, 170, 101_376),
+    "gfx90a": Target("hip", "gfx90a", 104, 65_536),
+    "gfx942": Target("hip", "gfx942", 304, 65_536),
+    "gfx950": Target("hip", "gfx950", 256, 163_840),
+}
+"""GPUs by the name of their architecture: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI250, MI300X, MI355X.
+
+Shared memory a block from the CUDA programming guide's table of compute capabilities and AMD's ISA documents.
+"""
+
+INTERPRETER = Target("cpu", "interpreter", 1, 1 << 40)
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded instead of made."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+
+
+@triton.jit
+def _probe_kernel():
+    pass
+
+
+INTERPRETED = isinstance(_probe_kernel, InterpretedFunction)
+"""Whether this process's kernels run in Triton's interpreter: fixed when this module is imported."""
+
+if INTERPRETED and not isinstance(tl.zeros, InterpretedFunction):
+    raise RuntimeError(
+        "TRITON_INTERPRET was set after Triton had been imported, which leaves Triton's own functions compiled: "
+        "set it in the environment before Python starts, or before anything imports triton"
+    )
+
+_recording: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("alexnet_triton_recording", default=None)
+
+
+def launch(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launch `programs` programs of `kernel`, on the current device and stream; none where there are none.
+
+    Args:
+        kernel: a `triton.jit` function whose programs are numbered along the first axis.
+        programs: how many.
+        **arguments: the kernel's arguments by name, `num_warps` and `num_stages` among them.
+    """
+    if not programs:
+        return
+    recording = _recording.get()
+    if recording is not None:
+        recording[1].append(Launch(kernel, programs, arguments))
+        return
+    kernel[(programs,)](**arguments)
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Within the block launches are recorded, as they would be made on `target`, and none is made."""
+    launches: list[Launch] = []
+    token = _recording.set((target, launches))
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def target_of(device: torch.device) -> Target:
+    """What a configuration must know of `device`; within `recording`, of the target there."""
+    recording = _recording.get()
+    if recording is not None:
+        return recording[0]
+    if device.type != "cuda":
+        return INTERPRETER
+    return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    device = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = device.gcnArchName.split(":")[0]
+        return Target("hip", arch, device.multi_processor_count, 65_536)
+    memory = getattr(device, "shared_memory_per_block_optin", 101_376)
+    return Target("cuda", device.major * 10 + device.minor, device.multi_processor_count, memory)
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor on the device of `like`, for a kernel to fill; of its dtype unless given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """As `empty`, of zeros: for a kernel that fills a part."""
+    return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def dot_precision(target: Target) -> str:
+    """`input_precision` of float32 products: TF32 only where torch's own switch for products allows it.
+
+    The switch is `torch.backends.cuda.matmul.allow_tf32` / `torch.set_float32_matmul_precision`.
+    """
+    return "tf32" if target.backend == "cuda" and _tf32_allowed() else "ieee"
+
+
+def _tf32_allowed() -> bool:
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision not in (None, "none"):
+        return precision == "tf32"
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses to answer by the old name where the new one was used
+        return False
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """Least power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()
