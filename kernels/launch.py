@@ -19,36 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from alexnet_triton.kernels.target import INTERPRETER, TARGETS, Target, cdiv, power_of_two
 
-class Target(NamedTuple):
-    """A device as far as a launch's configuration depends on it."""
-
-    backend: str
-    """`"cuda"`, `"hip"`, or `"cpu"` for the interpreter."""
-    arch: int | str
-    """Compute capability (90) or architecture (`"gfx942"`)."""
-    multiprocessors: int
-    shared_memory: int
-    """Bytes that one program may have."""
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 108, 166_912),
-    "sm_86": Target("cuda", 86, 84, 101_376),
-    "sm_89": Target("cuda", 89, 128, 101_376),
-    "sm_90": Target("cuda", 90, 132, 232_448),
-    "sm_100": Target("cuda", 100, 148, 232_448),
-    "sm_120": Target("cuda", 120, 170, 101_376),
-    "gfx90a": Target("hip", "gfx90a", 104, 65_536),
-    "gfx942": Target("hip", "gfx942", 304, 65_536),
-    "gfx950": Target("hip", "gfx950", 256, 163_840),
-}
-"""GPUs by the name of their architecture: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI250, MI300X, MI355X.
-
-Shared memory a block from the CUDA programming guide's table of compute capabilities and AMD's ISA documents.
-"""
-
-INTERPRETER = Target("cpu", "interpreter", 1, 1 << 40)
+__all__ = ["TARGETS", "Target", "cdiv", "power_of_two"]
 
 
 class Launch(NamedTuple):
@@ -129,6 +102,11 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def empty_like(parameter: Tensor) -> Tensor:
+    """As `empty`, for the gradient of a parameter: of its shape, dtype and, where they are dense, its strides."""
+    return torch.empty_like(parameter)
+
+
 def zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `empty`, of zeros: for a kernel that fills a part."""
     return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
@@ -150,13 +128,3 @@ def _tf32_allowed() -> bool:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # torch refuses to answer by the old name where the new one was used
         return False
-
-
-def cdiv(a: int, b: int) -> int:
-    """Quotient, rounded up."""
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """Least power of two that is at least `n`."""
-    return 1 << max(0, n - 1).bit_length()
