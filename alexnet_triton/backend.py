@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextvars import ContextVar
 from types import TracebackType
@@ -9,6 +10,16 @@ from types import TracebackType
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # something has put None into sys.modules
+        return False
+
+
+TRITON_INSTALLED = _installed()
 
 _selected: ContextVar[str | None] = ContextVar("alexnet_triton_backend", default=None)
 
@@ -68,13 +79,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on", "ON", "y", "Y")
 
 
-def takes_triton(op: str, x: torch.Tensor, has_kernel: bool) -> bool:
-    """Whether op `op` on tensor `x` runs as a Triton kernel under the selected backend.
+def takes_triton(op: str, x: torch.Tensor) -> bool:
+    """Whether op `op` on tensor `x` runs as Triton kernels under the selected backend.
 
     Args:
         op: name of the op, for the error.
         x: the op's first tensor; its device and dtype decide.
-        has_kernel: whether the op has a Triton kernel at all.
 
     Raises:
         RuntimeError: the backend is `"triton"`, and no kernel can run on `x`.
@@ -82,14 +92,16 @@ def takes_triton(op: str, x: torch.Tensor, has_kernel: bool) -> bool:
     backend = current_backend()
     if backend == "reference":
         return False
-    if not has_kernel:
-        obstacle = f"{op} has no Triton kernel in this version"
-    elif x.dtype == torch.float64:
-        obstacle = "the Triton kernels take float16, bfloat16 and float32, not float64"
-    elif x.device.type == "cpu" and not interpreting():
+    if x.device.type == "cpu" and not interpreting():
         obstacle = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 in the environment, for a CPU one"
     elif x.device.type not in ("cpu", "cuda", "xpu"):
         obstacle = f"there are no Triton kernels for the device {x.device.type!r}"
+    elif not TRITON_INSTALLED:
+        obstacle = "Triton is not installed"
+    elif x.dtype == torch.float64:
+        obstacle = "the Triton kernels take float16, bfloat16 and float32, not float64"
+    elif not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        obstacle = "torch.func transforms (vmap, grad, jacrev) see through plain PyTorch only"
     else:
         return True
     if backend == "triton":

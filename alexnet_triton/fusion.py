@@ -26,6 +26,7 @@ from torch.nn.modules import module as module_hooks
 from alexnet_triton import ops
 from alexnet_triton.backend import takes_triton
 from alexnet_triton.layers import GroupedLocalResponseNorm
+from alexnet_triton.stages import ConvStage, PoolStage
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -136,6 +137,16 @@ class _ConvRun(NamedTuple):
         c: Any = self.conv  # torch declares its pairs as tuple[int, ...]
         return ops.conv2d_relu(x, c.weight, c.bias, c.stride, c.padding, c.groups, relu)
 
+    def link(self) -> ops.Run | None:
+        """What a chain is told of this run; None where it cannot stand in one (uneven padding)."""
+        c: Any = self.conv
+        padding, more = c.padding, (0, 0)
+        if isinstance(padding, str):
+            padding, more = ops.named_padding(c.weight, c.stride, padding)
+        if more != (0, 0):
+            return None
+        return ConvStage(c.stride, padding, c.groups, self.relu, c.bias is not None), c.weight, c.bias
+
 
 class _PoolRun(NamedTuple):
     norm: nn.LocalResponseNorm | None
@@ -147,6 +158,13 @@ class _PoolRun(NamedTuple):
         if n is None:
             return ops.lrn_max_pool(x, 0, 0.0, 0.0, 0.0, *window)
         return ops.lrn_max_pool(x, n.size, n.alpha, n.beta, n.k, *window, getattr(n, "groups", 1))
+
+    def link(self) -> ops.Run:
+        """What a chain is told of this run."""
+        n, p = self.norm, self.pool
+        norm = (0, 0.0, 0.0, 0.0) if n is None else (n.size, n.alpha, n.beta, n.k)
+        window = (ops.pair(p.kernel_size), ops.pair(p.stride), ops.pair(p.padding), p.ceil_mode)
+        return PoolStage(*norm, *window, getattr(n, "groups", 1)), None, None
 
 
 class _LinearRun(NamedTuple):
@@ -171,6 +189,8 @@ class _MapRuns(NamedTuple):
             for layer in self.layers:
                 x = layer(x)
             return x
+        if takes_triton("conv2d_relu", x):
+            return _run_on_triton(self.runs, x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _run_on_cpu(self.runs, x)
         for run in self.runs:
@@ -296,6 +316,22 @@ def _layer(leaves: tuple[nn.Module, ...], at: int) -> nn.Module | None:
     return leaves[at] if at < len(leaves) and _fits(leaves[at]) else None
 
 
+# --- feature maps on Triton ---------------------------------------------------------------------------------
+
+
+def _run_on_triton(runs: tuple[_ConvRun | _PoolRun, ...], x: Tensor) -> Tensor:
+    """Run map runs in as few chains as can be: one, but for a convolution whose padding is uneven."""
+    links: list[ops.Run] = []
+    for run in runs:
+        link = run.link()
+        if link is not None:
+            links.append(link)
+            continue
+        x = run(ops.map_chain(x, links) if links else x)
+        links = []
+    return ops.map_chain(x, links) if links else x
+
+
 # --- feature maps on a CPU ----------------------------------------------------------------------------------
 
 CHANNELS_LAST_PIXELS = 1_400
@@ -310,8 +346,7 @@ seven to ten times as fast.
 def _run_on_cpu(runs: tuple[_ConvRun | _PoolRun, ...], x: Tensor) -> Tensor:
     """Run map runs in the layouts that are faster on a CPU; the answer has the layout that torch would give."""
     layouts_are_free = (
-        not takes_triton("conv2d_relu", x, "conv2d_relu" in ops.KERNELS)
-        and x.dtype != torch.float64  # torch's own convolution, for which the layouts are equals
+        x.dtype != torch.float64  # torch's own convolution, for which the layouts are equals
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap has its own
         and any(isinstance(run, _ConvRun) for run in runs)
     )
@@ -319,7 +354,7 @@ def _run_on_cpu(runs: tuple[_ConvRun | _PoolRun, ...], x: Tensor) -> Tensor:
         for run in runs:
             x = run(x)
         return x
-    last = any(_is_channels_last(t) for t in (x, *(run.conv.weight for run in runs if isinstance(run, _ConvRun))))
+    last = any(ops.is_channels_last(t) for t in (x, *(run.conv.weight for run in runs if isinstance(run, _ConvRun))))
     back_to_contiguous = not last  # where the caller has chosen channels-last, torch keeps to it and so do we
     late_relu = False
     for run, following in zip(runs, (*runs[1:], None), strict=True):
@@ -347,21 +382,3 @@ def _output_pixels(conv: nn.Conv2d, x: Tensor) -> int:
     for size, window, stride, pad in zip(x.shape[2:], conv.kernel_size, conv.stride, padding, strict=True):
         pixels *= (size + 2 * pad - window) // stride + 1
     return pixels
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether torch's convolutions take `x` for channels-last: its strides grow in the order C, W, H, N.
-
-    The rule of `is_channels_last_strides_2d` in c10/core/MemoryFormat.h, where a size of 1 proves nothing.
-    """
-    least = 0
-    if x.stride(1) == 0:
-        return False
-    for axis in (1, 3, 2, 0):
-        size, stride = x.shape[axis], x.stride(axis)
-        if size == 0 or stride < least:
-            return False
-        if axis == 0 and least == x.stride(1):
-            return False
-        least = stride * max(size, 1)
-    return True

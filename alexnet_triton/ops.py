@@ -6,19 +6,19 @@ or as its meaning in plain PyTorch (`alexnet_triton.reference`), as `alexnet_tri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_triton import reference
+from alexnet_triton import library, reference
 from alexnet_triton.backend import takes_triton
+from alexnet_triton.stages import ConvStage, PoolStage, Stage
 
 __all__ = ["conv2d_relu", "lrn_max_pool", "dropout_linear"]
 
-KERNELS: dict[str, Callable[..., Tensor]] = {}
-"""Triton implementations by op name; each takes the arguments of the function of that name in `reference`."""
+Run = tuple[Stage, Tensor | None, Tensor | None]
 
 
 def conv2d_relu(
@@ -51,27 +51,19 @@ def conv2d_relu(
         TypeError: tensors that are not floating-point, or of different dtypes outside autocast.
         RuntimeError: the Triton backend is demanded and cannot run this.
     """
-    stride = _pair(stride)
+    stride = pair(stride)
     if isinstance(padding, str):
-        x, padding = _named_padding(x, weight, stride, padding)
+        padding, (below, right) = named_padding(weight, stride, padding)
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
     else:
-        padding = _pair(padding)
-    fits = (
-        x.dim() == 4
-        and weight.dim() == 4
-        and groups > 0
-        and x.shape[1] == weight.shape[1] * groups
-        and weight.shape[0] % groups == 0
-        and x.shape[2] + 2 * padding[0] >= weight.shape[2]
-        and x.shape[3] + 2 * padding[1] >= weight.shape[3]
-        and min(stride) > 0
-        and min(padding) >= 0
-        and (bias is None or bias.shape == weight.shape[:1])
-    )
-    if not fits:
-        raise ValueError(_why_conv_does_not_fit(x, weight, bias, stride, padding, groups))
+        padding = pair(padding)
+    stage = ConvStage(stride, padding, groups, relu, bias is not None)
+    stage.out_size(x.shape, weight.shape, None if bias is None else bias.shape)
     _check_tensors("conv2d_relu", x, weight, bias)
-    return _implementation("conv2d_relu", x)(x, weight, bias, stride, padding, groups, relu)
+    if takes_triton("conv2d_relu", x):
+        return map_chain(x, [(stage, weight, bias)])
+    return reference.conv2d_relu(x, weight, bias, stride, padding, groups, relu)
 
 
 def lrn_max_pool(
@@ -115,27 +107,13 @@ def lrn_max_pool(
         TypeError: `x` is not floating-point.
         RuntimeError: the Triton backend is demanded and cannot run this.
     """
-    window, stride, padding = _pair(kernel_size), _pair(stride), _pair(padding)
-    slack = (stride[0] - 1, stride[1] - 1) if ceil_mode else (0, 0)
-    fits = (
-        x.dim() == 4
-        and size >= 0
-        and lrn_groups > 0
-        and x.shape[1] % lrn_groups == 0
-        and min(window) > 0
-        and min(stride) > 0
-        and 0 <= 2 * padding[0] <= window[0]
-        and 0 <= 2 * padding[1] <= window[1]
-        and x.shape[2] > 0
-        and x.shape[3] > 0
-        and x.shape[2] + 2 * padding[0] + slack[0] >= window[0]
-        and x.shape[3] + 2 * padding[1] + slack[1] >= window[1]
-    )
-    if not fits:
-        raise ValueError(_why_pool_does_not_fit(x, size, window, stride, padding, slack, lrn_groups))
+    window, stride, padding = pair(kernel_size), pair(stride), pair(padding)
+    stage = PoolStage(size, alpha, beta, k, window, stride, padding, ceil_mode, lrn_groups)
+    stage.out_size(x.shape)
     _check_tensors("lrn_max_pool", x)
-    run = _implementation("lrn_max_pool", x)
-    return run(x, size, alpha, beta, k, window, stride, padding, ceil_mode, lrn_groups)
+    if takes_triton("lrn_max_pool", x):
+        return map_chain(x, [(stage, None, None)])
+    return reference.lrn_max_pool(x, size, alpha, beta, k, window, stride, padding, ceil_mode, lrn_groups)
 
 
 def dropout_linear(
@@ -177,35 +155,78 @@ def dropout_linear(
     if not fits:
         raise ValueError(_why_linear_does_not_fit(x, weight, bias, p))
     _check_tensors("dropout_linear", x, weight, bias)
-    return _implementation("dropout_linear", x)(x, weight, bias, p if training else 0.0, relu)
+    run = library.dropout_linear if takes_triton("dropout_linear", x) else reference.dropout_linear
+    return run(x, weight, bias, p if training else 0.0, relu)
 
 
-def _implementation(op: str, x: Tensor) -> Callable[..., Tensor]:
-    kernel = KERNELS.get(op)
-    if takes_triton(op, x, kernel is not None) and kernel is not None:
-        return kernel
-    return getattr(reference, op)
+def map_chain(x: Tensor, runs: Sequence[Run], channels_last: bool | None = None) -> Tensor:
+    """Convolutions and poolings that follow one another, on the Triton kernels, without a copy between them.
+
+    Args:
+        x: images or feature maps, (N, C, H, W).
+        runs: for each, what it is told, and the filters and bias of a convolution.
+        channels_last: give a channels-last answer; None does as torch's convolutions do: where `x` or filters are.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        TypeError: tensors that are not floating-point, or of different dtypes outside autocast.
+    """
+    size: Sequence[int] = x.shape
+    parameters: list[Tensor] = []
+    for stage, weight, bias in runs:
+        if isinstance(stage, ConvStage):
+            assert weight is not None
+            size = stage.out_size(size, weight.shape, None if bias is None else bias.shape)
+            _check_tensors("conv2d_relu", x, weight, bias)
+            parameters += [weight] if bias is None else [weight, bias]
+        else:
+            size = stage.out_size(size)
+            _check_tensors("lrn_max_pool", x)
+    if channels_last is None:
+        channels_last = any(is_channels_last(t) for t in (x, *parameters) if t.dim() == 4)
+    return library.map_chain(x, parameters, [stage for stage, _, _ in runs], channels_last)
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """One number as (rows, columns)."""
     if isinstance(value, int):
         return (value, value)
     rows, columns = value
     return (rows, columns)
 
 
-def _named_padding(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: str) -> tuple[Tensor, tuple[int, int]]:
-    """`"same"` and `"valid"` in numbers; an uneven border (even filters) is added to `x` here."""
+def named_padding(weight: Tensor, stride: tuple[int, int], padding: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """`"same"` and `"valid"` in numbers: the padding at each side, and what even filters add below and to the right.
+
+    Raises:
+        ValueError: another name, or `"same"` with a stride.
+    """
     if padding == "valid":
-        return x, (0, 0)
+        return (0, 0), (0, 0)
     if padding != "same":
         raise ValueError(f"conv2d_relu takes padding 'same', 'valid' or numbers, got {padding!r}")
     if stride != (1, 1):
         raise ValueError(f"conv2d_relu takes padding='same' with stride 1 only, got stride {stride}")
     rows, columns = weight.shape[-2] - 1, weight.shape[-1] - 1
-    if rows % 2 or columns % 2:
-        x = F.pad(x, (0, columns % 2, 0, rows % 2))
-    return x, (rows // 2, columns // 2)
+    return (rows // 2, columns // 2), (rows % 2, columns % 2)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch's convolutions take `x` for channels-last: its strides grow in the order C, W, H, N.
+
+    The rule of `is_channels_last_strides_2d` in c10/core/MemoryFormat.h, where a size of 1 proves nothing.
+    """
+    least = 0
+    if x.stride(1) == 0:
+        return False
+    for axis in (1, 3, 2, 0):
+        size, stride = x.shape[axis], x.stride(axis)
+        if size == 0 or stride < least:
+            return False
+        if axis == 0 and least == x.stride(1):
+            return False
+        least = stride * max(size, 1)
+    return True
 
 
 def _check_tensors(op: str, x: Tensor, *parameters: Tensor | None) -> None:
@@ -224,73 +245,6 @@ def _check_tensors(op: str, x: Tensor, *parameters: Tensor | None) -> None:
                 f"{op} needs one dtype outside autocast, got input {x.dtype} and parameter "
                 f"{parameter.dtype}: convert one with .to(dtype)"
             )
-
-
-def _not_a_batch(op: str, x: Tensor) -> str:
-    hint = ": add the batch dimension with x.unsqueeze(0)" if x.dim() == 3 else ""
-    return f"{op} needs a 4-D input (N, C, H, W), got {x.dim()}-D {tuple(x.shape)}{hint}"
-
-
-def _why_conv_does_not_fit(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    groups: int,
-) -> str:
-    op = "conv2d_relu"
-    if x.dim() != 4:
-        return _not_a_batch(op, x)
-    if weight.dim() != 4:
-        return f"{op} needs filters of shape (K, C/groups, R, S), got {tuple(weight.shape)}"
-    if min(stride) < 1 or min(padding) < 0 or groups < 1:
-        return (
-            f"{op} needs stride and groups of at least 1 and padding of at least 0, got stride {stride}, "
-            f"padding {padding}, groups {groups}"
-        )
-    filters, depth, rows, columns = weight.shape
-    if x.shape[1] != depth * groups:
-        return (
-            f"{op} needs an input of {depth * groups} channels for filters of shape {tuple(weight.shape)} "
-            f"in {groups} group(s), got {x.shape[1]} channels in {tuple(x.shape)}"
-        )
-    if filters % groups:
-        return f"{op} needs a number of filters that {groups} groups divide, got {filters}"
-    if bias is not None and bias.shape != weight.shape[:1]:
-        return f"{op} needs a bias of shape ({filters},), got {tuple(bias.shape)}"
-    least = (max(1, rows - 2 * padding[0]), max(1, columns - 2 * padding[1]))
-    return (
-        f"{op} needs maps of at least {least[0]}x{least[1]} for a {rows}x{columns} filter with padding "
-        f"{padding}, got {x.shape[2]}x{x.shape[3]}: use larger images"
-    )
-
-
-def _why_pool_does_not_fit(
-    x: Tensor,
-    size: int,
-    window: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    slack: tuple[int, int],
-    lrn_groups: int,
-) -> str:
-    op = "lrn_max_pool"
-    if x.dim() != 4:
-        return _not_a_batch(op, x)
-    if size < 0:
-        return f"{op} needs a size of at least 0 channels (0 leaves the normalisation out), got {size}"
-    if lrn_groups < 1 or x.shape[1] % lrn_groups:
-        return f"{op} needs lrn_groups that divides the {x.shape[1]} channels, got {lrn_groups}"
-    if min(window) < 1 or min(stride) < 1:
-        return f"{op} needs a window and a stride of at least 1, got window {window}, stride {stride}"
-    if min(padding) < 0 or 2 * padding[0] > window[0] or 2 * padding[1] > window[1]:
-        return f"{op} needs padding between 0 and half of the window {window}, got {padding}"
-    least = [max(1, w - 2 * p - s) for w, p, s in zip(window, padding, slack, strict=True)]
-    return (
-        f"{op} needs maps of at least {least[0]}x{least[1]} for a {window[0]}x{window[1]} window with padding "
-        f"{padding}, got {x.shape[2]}x{x.shape[3]}: use larger images"
-    )
 
 
 def _why_linear_does_not_fit(x: Tensor, weight: Tensor, bias: Tensor | None, p: float) -> str:

@@ -74,6 +74,16 @@ class Convolution(NamedTuple):
         return self.stride != (1, 1)
 
     @property
+    def reads_plain_channels(self) -> bool:
+        """Whether the input's layout holds the tensor's channels as they are, so that a kernel can hand it over."""
+        return not self.folds and self.depth % CHANNELS_MULTIPLE == 0
+
+    @property
+    def takes_plain_gradients(self) -> bool:
+        """The same of the output's gradient."""
+        return self.filters % CHANNELS_MULTIPLE == 0
+
+    @property
     def folded_depth(self) -> int:
         """Channels a group after folding."""
         return self.depth * self.block[0] * self.block[1]

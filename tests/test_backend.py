@@ -3,16 +3,28 @@ import threading
 import pytest
 import torch
 
-from alexnet_triton import backend, ops, use_backend
+from alexnet_triton import backend, library, ops, use_backend
 
 X = torch.ones(1, 1, 2, 2)
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    """A pretended Triton implementation of the pool, which leaves a mark."""
-    monkeypatch.setitem(ops.KERNELS, "lrn_max_pool", lambda x, *rest: x.new_full((), -7.0))
+def chains(monkeypatch):
+    """The chains that reach the Triton implementation, where a pretended one stands."""
+    seen = []
+
+    def pretend(x, parameters, stages, channels_last):
+        seen.append(stages)
+        return x.new_full((), -7.0)
+
+    monkeypatch.setattr(library, "map_chain", pretend)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("ALEXNET_TRITON_BACKEND", raising=False)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch):
     monkeypatch.delenv("ALEXNET_TRITON_BACKEND", raising=False)
 
 
@@ -82,7 +94,7 @@ def test_environment_sets_the_default(monkeypatch):
         backend.current_backend()
 
 
-def test_auto_on_a_cpu_takes_triton_only_under_the_interpreter(kernel, monkeypatch):
+def test_auto_on_a_cpu_takes_triton_only_under_the_interpreter(chains, monkeypatch):
     assert pool() == 1
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert pool() == -7
@@ -90,19 +102,38 @@ def test_auto_on_a_cpu_takes_triton_only_under_the_interpreter(kernel, monkeypat
         assert pool() == 1
 
 
-def test_auto_leaves_float64_to_the_reference(kernel, monkeypatch):
+def test_auto_leaves_to_the_reference_what_no_kernel_can_run(chains, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert pool(X.double()) == 1
-    with use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
-        pool(X.double())
+    assert torch.func.vmap(lambda x: ops.lrn_max_pool(x, 0, kernel_size=2))(X[None]).item() == 1
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
+    assert pool() == 1
+    assert chains == []
 
 
-def test_triton_says_why_it_cannot_run(kernel):
+@pytest.mark.parametrize(
+    ("x", "interpret", "reason"),
+    [
+        (X, "", r"GPU tensor, or TRITON_INTERPRET=1.*use_backend\('auto'\)"),
+        (X.double(), "1", "float16, bfloat16 and float32, not float64"),
+        (torch.ones(1, 1, 2, 2, device="meta"), "1", "device 'meta'"),
+    ],
+)
+def test_triton_says_why_it_cannot_run(x, interpret, reason, chains, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
     with use_backend("triton"):
-        with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1.*use_backend\('auto'\)"):
-            pool()
-        with pytest.raises(RuntimeError, match="dropout_linear has no Triton kernel in this version"):
-            ops.dropout_linear(torch.ones(1, 2), torch.ones(2, 2))
+        with pytest.raises(RuntimeError, match=f"lrn_max_pool cannot run.*{reason}"):
+            ops.lrn_max_pool(x, size=0, kernel_size=2)
+        with pytest.raises(RuntimeError, match=f"conv2d_relu cannot run.*{reason}"):
+            ops.conv2d_relu(x, x)
+        with pytest.raises(RuntimeError, match=f"dropout_linear cannot run.*{reason}"):
+            ops.dropout_linear(x[0, 0], x[0, 0])
+
+
+def test_triton_says_why_it_cannot_run_under_torch_func(chains, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="torch.func transforms"):
+        torch.func.vmap(lambda x: ops.lrn_max_pool(x, 0, kernel_size=2))(X[None])
 
 
 class OnGpu:
@@ -112,16 +143,16 @@ class OnGpu:
     dtype = torch.float16
 
 
-def test_auto_takes_triton_for_gpu_tensors():
-    assert backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=True)
-    assert not backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=False)
+def test_auto_takes_triton_for_gpu_tensors(monkeypatch):
+    assert backend.takes_triton("conv2d_relu", OnGpu())
     with use_backend("reference"):
-        assert not backend.takes_triton("conv2d_relu", OnGpu(), has_kernel=True)
+        assert not backend.takes_triton("conv2d_relu", OnGpu())
+    monkeypatch.setattr(backend, "TRITON_INSTALLED", False)
+    assert not backend.takes_triton("conv2d_relu", OnGpu())
 
 
-def test_a_compiled_function_follows_the_backend(kernel, monkeypatch):
-    monkeypatch.setitem(ops.KERNELS, "lrn_max_pool", lambda x, *rest: x * 0 - 7)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_a_compiled_function_follows_the_backend(monkeypatch):
+    monkeypatch.setattr(library, "map_chain", lambda x, *rest: x * 0 - 7)
     compiled = torch.compile(lambda x: ops.lrn_max_pool(x, size=0, kernel_size=2), backend="eager", fullgraph=True)
     assert compiled(X).min() == -7
     with use_backend("reference"):
