@@ -127,3 +127,80 @@ def _stages(target: Target, dtype: torch.dtype, elements: int) -> int:
     """As many stages as shared memory holds, up to four."""
     most = 2 if target.backend == "hip" else 4
     return max(1, min(most, target.shared_memory // (elements * dtype.itemsize)))
+
+
+# --- fully connected layers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """A product of two matrices, M x K by K x N. Every block is a power of two, at least 16."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    """Programs that share the reduction of a tile."""
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class StripConfig:
+    """A tile of a kernel that passes over a matrix of a fully connected layer."""
+
+    block_m: int
+    block_n: int
+    warps: int
+
+
+def linear_config(
+    target: Target, dtype: torch.dtype, exact: bool, rows: int, columns: int, reduction: int, wide: bool = True
+) -> LinearConfig:
+    """A config for a product of `rows` by `columns`.
+
+    `exact` says that float32 is not rounded to TF32; `wide` is False where the epilogue needs many registers.
+    """
+    if target.backend == "cpu":
+        block_m = max(16, min(1024, power_of_two(rows)))
+        block_k = max(16, min(1024, power_of_two(reduction)))
+        block_n = max(16, min(LARGEST_TILE // max(block_m, block_k), power_of_two(columns)))
+        return LinearConfig(block_m, block_n, block_k, 1, 4, 1)
+    if rows <= 32:  # reading the weights is all: narrow tiles, so that enough programs read, and long steps
+        block_m, block_n, block_k = max(16, power_of_two(rows)), 32, 128
+    elif rows <= 64:
+        block_m, block_n, block_k = 64, 64, 128
+    else:
+        block_m, block_n, block_k = 128, 128, 64
+    if exact:  # no tensor cores on NVIDIA's side: what a thread can hold is what limits
+        block_m, block_n = min(block_m, 64), min(block_n, 64)
+        block_k = min(128, (1 << 16) // (block_m * block_n))
+    elif dtype == torch.float32:
+        block_k //= 2
+    block_k = min(block_k, max(16, power_of_two(reduction)))
+    hopper = target.arch == 90 and block_m >= 64 and not exact  # its tensor cores read shared memory, not registers
+    if hopper and wide and dtype.itemsize == 2 and rows > 256 and reduction >= 512:
+        # Arithmetic limits, and a wide tile asks L2 for three quarters of the bytes; if there are tiles enough.
+        block_n = 256 if cdiv(rows, 128) * cdiv(columns, 256) >= 0.9 * target.multiprocessors else block_n
+    warps = 8 if exact or block_m * block_n >= 128 * 128 else 4
+    # Where registers allow it, two programs to a multiprocessor: one's epilogue hides behind the other's loads.
+    share = 1 if block_n == 256 or (block_m * block_n >= 128 * 128 and target.backend == "cuda" and not hopper) else 2
+    half = target._replace(shared_memory=target.shared_memory // share)
+    stages = max(2, _stages(half, dtype, (block_m + block_n) * block_k))
+    tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
+    # Every multiprocessor reads weights, and no program waits for a second round. A split of fewer than eight steps
+    # would write more partial sums than it reads weights.
+    most = min(share * target.multiprocessors // tiles, cdiv(reduction, block_k) // 8)
+    splits = max(1, min(round(target.multiprocessors / tiles), most))
+    return LinearConfig(block_m, block_n, block_k, splits, warps, stages)
+
+
+def strip_config(target: Target, rows: int, columns: int, whole_columns: bool = False) -> StripConfig:
+    """A tile for a matrix of `rows` by `columns`; `whole_columns` says that a program passes over all rows."""
+    if target.backend == "cpu":
+        block_n = max(16, min(16_384, power_of_two(columns)))
+        return StripConfig(_rows(rows, block_n), block_n, 4)
+    if whole_columns:  # as narrow as memory allows, so that many programs share the columns
+        return StripConfig(64, 32, 4)
+    block_n = max(16, min(512, power_of_two(columns)))
+    return StripConfig(max(1, min(2048 // block_n, power_of_two(rows))), block_n, 4)
