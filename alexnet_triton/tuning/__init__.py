@@ -1,0 +1,1 @@
+"""Which config a launch gets, and what the compiler makes of it."""
