@@ -16,13 +16,15 @@ INIT_NAMES = (*VARIANT_NAMES, "kaiming")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0, 2 for what a user can mend, 130 after Ctrl-C.
 
+    `inspect` gives 1 where a budget is broken.
+
     Args:
         arguments: the words after the program's name; None takes the process's own.
     """
     options = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning
     try:
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()
     except KeyboardInterrupt as error:
         print(f"\nalexnet-triton: {error or 'stopped'}", file=sys.stderr)
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"alexnet-triton: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +73,17 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
     cpu.add_argument("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     cpu.set_defaults(run=_bench_cpu)
+
+    inspect = commands.add_parser("inspect", help="compile every kernel for a GPU that need not be here; check budgets")
+    inspect.add_argument("--target", default="sm_90", metavar="NAME", help="as in sm_80, gfx942; default: %(default)s")
+    inspect.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    dtypes = ("bfloat16", "float16", "float32")
+    inspect.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: %(default)s")
+    inspect.add_argument("--batch", type=_positive, default=128, metavar="N", help="images; default: %(default)s")
+    inspect.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
+    inspect.add_argument("--all", action="store_true", help="also copies, packed filters and sums of parts")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
@@ -94,6 +107,13 @@ def _bench_cpu(options: argparse.Namespace) -> None:
     from alexnet_triton.bench.cpu import run
 
     run(options.out, options.rounds)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from alexnet_triton.tuning.inspect import run
+
+    o = options
+    return run(o.target, o.variant, o.dtype, o.batch, o.layer, o.all, o.json)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,295 @@
+"""The command that compiles a network's launches and holds them to budgets.
+
+Run as a program, this file inspects one target, or a kernel that breaks a budget, in a process that can compile.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+
+pytest.importorskip("triton")
+import test_compiler
+import torch
+from alexnet_triton.kernels.target import TARGETS
+
+from alexnet_triton import cli
+from alexnet_triton.tuning import inspect
+from alexnet_triton.tuning.compiler import Compiled, Loop
+from alexnet_triton.variants import VARIANTS
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def every_variant(target):
+    reports = {}
+    for variant in VARIANTS:
+        rows = inspect.inspect(variant, target=target)
+        reports[variant] = json.loads(inspect.as_json(rows, variant, "bfloat16", 128, target))
+    return reports
+
+
+def toys():
+    """What the command gives and prints for kernels of our own."""
+    kernels = {
+        "good": test_compiler.gemm(),
+        "spilling": test_compiler.spilling("sm_90"),
+        "narrow": test_compiler.gemm(pitch=4095),
+        "without tensor cores": test_compiler.fma(),
+        "refused": test_compiler.gemm(maxnreg=64),
+    }
+    test_compiler.fma_kernel.__name__ = "gemm_kernel"  # a product by its name
+    results = {}
+    for name, launch in kernels.items():
+        made = [inspect.LayerLaunch("fc6", "forward", launch)]
+        inspect.launches = lambda variant, dtype, batch, target, made=made: made
+        with redirect_stdout(StringIO()) as out:
+            code = cli.main(["inspect"])
+        results[name] = [code, out.getvalue()]
+    return results
+
+
+if __name__ == "__main__":
+    kind, *words = sys.argv[1:]
+    json.dump(toys() if kind == "toys" else every_variant(*words), sys.stdout)
+
+
+# --- the network --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_budget_holds(target):
+    result = test_compiler.run_compiled(__file__, "network", target)
+    assert result.returncode == 0, result.stderr
+    reports = json.loads(result.stdout)
+    broken = {
+        f"{variant} {row['layer']} {row['direction']}: {row['kernel']} {sentence}"
+        for variant, report in reports.items()
+        for row in report["rows"]
+        for sentence in row["broken"]
+    }
+    assert not broken, "\n".join(sorted(broken))
+    for place, allowed in inspect.EXCEPTIONS.items():
+        shares = [
+            row["issue_share"]
+            for report in reports.values()
+            for row in report["rows"]
+            if place == (target, row["layer"], row["direction"]) and row["kind"] == "product"
+        ]
+        assert not shares or max(shares) >= inspect.MOST_ISSUE_SHARE, f"{place} needs its exception no more: {allowed}"
+    for report in reports.values():
+        products = [(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "product"]
+        layers = [layer for layer in inspect.LAYERS if not layer.startswith("pool")]
+        assert sorted(products) == sorted((layer, direction) for layer in layers for direction in inspect.DIRECTIONS)
+        maps = {(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "map"}
+        assert maps == {(f"pool{n}", direction) for n in (1, 2, 5) for direction in inspect.DIRECTIONS[:2]}
+        for row in report["rows"]:  # no kernel that multiplies matrices passes for something else
+            assert row["kind"] == "product" or not row["compiled"]["has_product"], row
+
+
+def test_exceptions_name_what_there_is():
+    for (target, layer, direction), allowed in inspect.EXCEPTIONS.items():
+        assert target in TARGETS
+        assert layer in inspect.LAYERS
+        assert direction in inspect.DIRECTIONS
+        assert allowed.issue_share >= inspect.MOST_ISSUE_SHARE
+        assert allowed.reason
+
+
+# --- budgets ------------------------------------------------------------------------------------------------
+
+LOOP = Loop(
+    instructions=128, matrix_instructions=8, multiply_adds=1 << 20, loads={128: 16}, bytes=32_768, tensor_cycles=512.0
+)
+GOOD = Compiled(
+    kernel="gemm_kernel", warps=4, stages=3, registers=128, spilled_bytes=0, shared_memory=98_304, tensor_memory=0,
+    has_product=True, matrix_instructions=8, loads={128: 48}, copy_engine_loads=0, loop=LOOP, resident=2,
+    limited_by="shared memory",
+)  # fmt: skip
+
+
+def broken(compiled, kind="product", target="sm_90", dtype=HALF, allowed=None):
+    return inspect.broken_budgets(compiled, kind, TARGETS[target], dtype, allowed)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["product", "map", "copy"])
+def test_a_good_kernel_breaks_none(target, kind):
+    assert broken(replace(GOOD, shared_memory=49_152), kind, target) == []
+
+
+def test_spills():
+    assert broken(replace(GOOD, spilled_bytes=8), "copy") == ["spills 8 bytes a thread, expected none"]
+
+
+def test_shared_memory():
+    large = replace(GOOD, shared_memory=232_449, resident=0)
+    assert broken(large) == ["takes 232,449 bytes of shared memory, the target has 232,448"]
+    assert broken(replace(GOOD, shared_memory=232_448)) == []
+    crowded = replace(GOOD, resident=0, limited_by="registers")
+    assert broken(crowded) == ["does not fit a multiprocessor, for its registers"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_in_products_of_half_precision(dtype):
+    plain = replace(GOOD, matrix_instructions=0, loop=None, shared_memory=49_152)
+    sentence = "has no tensor-core instruction, expected them in every product of 16-bit numbers"
+    assert broken(plain, "product", "sm_80", dtype) == [sentence]
+    assert broken(plain, "product", "gfx942", dtype) == [sentence]
+    assert broken(plain, "product", "sm_80", FULL) == []
+    assert broken(plain, "map", "sm_80", dtype) == []
+
+
+def test_widths_of_loads():
+    narrow = replace(GOOD, loop=replace(LOOP, loads={16: 2, 128: 16}))
+    assert broken(narrow) == ["loads fewer than 16 bytes at once in its main loop (2 of 2 bytes), expected 16"]
+    straight = replace(GOOD, loop=None, matrix_instructions=0, loads={32: 1, 64: 8})
+    assert broken(straight, "map") == ["loads at most 8 bytes at once, expected 16"]
+    assert broken(straight, "copy") == []  # copies take tensors as users have them
+    assert broken(replace(GOOD, loop=replace(LOOP, loads={}), loads={32: 1}, copy_engine_loads=4)) == []
+
+
+def test_issue_share_on_hopper():
+    def of(instructions):
+        return replace(GOOD, loop=replace(LOOP, instructions=instructions))
+
+    assert of(255).issue_share == 255 / 512
+    assert broken(of(255)) == []
+    assert broken(of(256)) == ["has an issue share of 0.50, expected under 0.5"]
+    assert broken(of(256), "map") == []
+    assert broken(of(256), dtype=FULL) == []
+    assert broken(of(2560), target="sm_80") == []
+    straight = replace(GOOD, loop=None)
+    assert broken(straight) == ["has no main loop whose issue share could be told"]
+
+
+def test_an_exception_may_fall_and_not_rise():
+    def of(instructions):
+        return replace(GOOD, loop=replace(LOOP, instructions=instructions))
+
+    allowed = inspect.Allowed(0.75, "a reason")
+    assert broken(of(384), allowed=allowed) == []
+    assert broken(of(300), allowed=allowed) == []
+    assert broken(of(385), allowed=allowed) == ["has an issue share of 0.75, its exception allows 0.75"]
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def row(**changes):
+    good = inspect.Row("conv3", "weight gradient", "weight_gradient_kernel", "product", 12_288, GOOD, ())
+    return replace(good, **changes)
+
+
+def test_the_table_is_aligned_and_fits():
+    wide = replace(GOOD, shared_memory=232_448, spilled_bytes=1_234, limited_by="tensor memory")
+    rows = [
+        row(),
+        row(compiled=wide, broken=("spills 1,234 bytes",)),
+        row(compiled=None, broken=("does not compile: why",)),
+    ]
+    allowed = inspect.Allowed(0.61, "for a reason")
+    rows.append(row(layer="conv1", direction="forward", kernel="lrn_max_pool_backward_kernel", allowed=allowed))
+    text = inspect.format_table(rows)
+    lines = text.splitlines()
+    assert max(map(len, lines)) < 120
+    assert [line[0] for line in lines[2:6]] == [" ", "!", "!", "*"]
+    starts = {line.index("4x3") for line in (lines[2], lines[3], lines[5])}
+    assert len(starts) == 1
+    assert "! conv3 weight gradient: weight_gradient_kernel spills 1,234 bytes" in lines
+    assert "* conv1 forward: lrn_max_pool_backward_kernel may have an issue share of 0.61, for a reason" in lines
+
+
+def test_figures_of_a_row():
+    cells = dict(zip(inspect.HEADER, inspect._cells(row()), strict=True))
+    assert cells == {
+        "layer": "conv3", "direction": "weight grad", "kernel": "weight_gradient", "grid": "12,288", "warps": "4x3",
+        "regs": "128", "spill": "0", "shared": "98,304", "mma": "8", "loop": "128", "issue": "0.25", "L2": "64",
+        "load": "128", "fit": "2 shared memory",
+    }  # fmt: skip
+    mixed = replace(GOOD, loop=replace(LOOP, loads={16: 1, 128: 8}))
+    assert inspect._cells(row(compiled=mixed))[12] == "16-128"
+    assert inspect._cells(row(compiled=replace(GOOD, copy_engine_loads=4)))[12] == "tile"
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_names_on_the_command_line():
+    parser = cli._parser()
+    for dtype in inspect.DTYPES:
+        assert parser.parse_args(["inspect", "--dtype", dtype]).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "sm_10"], f"unknown target 'sm_10': choose one of {', '.join(TARGETS)}"),
+        (["--layer", "conv6"], "unknown layer 'conv6': choose one of conv1, pool1, conv2"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_known_ones(words, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["inspect", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_interpreted_process_has_another_do_it(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cli.main(["inspect", "--layer", "fc8", "--dtype", "float16", "--batch", "256", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["target"], report["dtype"], report["batch"]) == ("sm_90", "float16", 256)
+    assert set(report["versions"]) == {"alexnet_triton", "triton", "torch"}
+    assert [(r["layer"], r["direction"]) for r in report["rows"]] == [("fc8", way) for way in inspect.DIRECTIONS]
+    assert report["rows"][0]["issue_share"] < 0.5
+    assert cli.main(["inspect", "--target", "sm_10"]) == 2
+
+
+def test_exit_code_is_1_where_a_budget_is_broken():
+    result = test_compiler.run_compiled(__file__, "toys")
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout)
+    code, out = results.pop("good")
+    assert code == 0
+    assert out.endswith("\n1 launches of merged, bfloat16, batch 128, for sm_90: every budget holds\n")
+    expected = {
+        "spilling": "gemm_kernel spills",
+        "narrow": "loads fewer than 16 bytes at once in its main loop (128 of 2 bytes)",
+        "without tensor cores": "has no tensor-core instruction",
+        "refused": "does not compile: ptxas fatal   : (C7602) Insufficient registers",
+    }
+    assert set(results) == set(expected)
+    for name, (code, out) in results.items():
+        assert code == 1
+        assert expected[name] in out
+        assert "! fc6 forward" in out
+        assert "broken budget" in out.splitlines()[-1]
+
+
+def test_without_triton_it_is_one_sentence():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from alexnet_triton.cli import main\n"
+        "sys.exit(main(['inspect']))"
+    )  # fmt: skip
+    result = test_compiler.run_compiled("-c", program)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "alexnet-triton: inspect compiles kernels with Triton, which is not installed: pip install triton, on Linux\n"
+    )
+
+
+def test_a_reader_that_leaves_early_is_no_traceback():
+    command = f"{shlex.quote(sys.executable)} -m alexnet_triton inspect --layer fc8 | head -1"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stderr == ""
+    assert result.stdout.startswith(" layer")
