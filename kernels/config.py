@@ -204,3 +204,35 @@ def strip_config(target: Target, rows: int, columns: int, whole_columns: bool = 
         return StripConfig(64, 32, 4)
     block_n = max(16, min(512, power_of_two(columns)))
     return StripConfig(max(1, min(2048 // block_n, power_of_two(rows))), block_n, 4)
+
+
+# --- normalisation and pooling ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NormPoolConfig:
+    """What a program of normalisation and pooling does. Every number but `strip` is a power of two."""
+
+    block: int
+    """Items of a program, each a chunk of channels: as many as it has threads."""
+    lanes: int
+    """Channels of a chunk, where a group of channels is a multiple of them."""
+    strip: int
+    """Pooled rows of an item. Forward only."""
+    warps: int
+
+
+def norm_pool_config(
+    target: Target, dtype: torch.dtype, rows: int, channels: int, backward: bool = False
+) -> NormPoolConfig:
+    """A config for a map of `rows` pixels, which is the pooled one unless `backward`."""
+    if target.backend == "cpu":
+        return NormPoolConfig(max(16, min(1 << 15, power_of_two(rows * cdiv(channels, 8)))), 8, 1, 4)
+    # Backward loads neighbours twice as far, and of two maps more: a longer chunk shares them.
+    lanes = 16 if backward and dtype.itemsize == 2 else 8
+    threads = 64 if target.backend == "hip" else 32
+    items = rows * cdiv(channels, lanes)
+    enough = 4 * target.multiprocessors
+    warps = next((w for w in (4, 2) if items >= enough * threads * w), 1)
+    strip = next((s for s in (7, 4, 2) if not backward and items >= enough * threads * 4 * s), 1)
+    return NormPoolConfig(threads * warps, lanes, strip, warps)
