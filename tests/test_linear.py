@@ -5,10 +5,10 @@ import torch
 from test_random import mask
 
 from alexnet_triton.kernels import launch, linear, random
-from alexnet_triton.kernels.config import LinearConfig
+from alexnet_triton.kernels.config import LinearConfig, StripConfig
 
 FC6, FC7, FC8 = (4096, 9216), (4096, 4096), (1000, 4096)
-LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+LIMITS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
 SMALL = LinearConfig(16, 32, 16, 1, 4, 1)
 SPLIT = LinearConfig(32, 16, 32, 3, 4, 1)
 
@@ -112,15 +112,25 @@ def test_every_combination_of_what_is_fused(p, biased, relu):
 
 
 @pytest.mark.parametrize("config", [SMALL, SPLIT, LinearConfig(16, 16, 16, 7, 4, 2)], ids=str)
-@pytest.mark.parametrize("size", [(35, 40, 70), (18, 33, 37), (3, 20, 1)], ids=str)
-def test_blocks_and_splits_do_not_change_the_numbers(size, config):
+@pytest.mark.parametrize("size", [(35, 24, 68), (18, 33, 37), (3, 20, 1)], ids=str)
+def test_blocks_and_splits_do_not_change_the_numbers(size, config, monkeypatch):
     sample = tensors(*size)
     torch.manual_seed(1)
     one = hold(*sample, 0.5, relu=True)
     torch.manual_seed(1)
+    monkeypatch.setattr(linear, "strip_config", lambda *_, **__: StripConfig(16, 64, 4))
     other = hold(*sample, 0.5, relu=True, config=config, x_config=config, weight_config=config)
     for a, b in zip(one, other, strict=True):
         assert error(a, b.double()) < 1e-6
+
+
+@pytest.mark.parametrize("config", [None, SPLIT], ids=str)
+@pytest.mark.parametrize("size", [(5, 7, 11), (20, 35, 160)], ids=str)
+def test_what_lies_beside_a_matrix_stays_out(size, config):
+    x, weight, bias, grad = tensors(*size)
+    beside = [torch.full((m + 9, n + 9), math.nan)[:m, :n].copy_(t) for t in (x, weight, grad) for m, n in [t.shape]]
+    for p in (0.0, 0.5):
+        hold(beside[0], beside[1], bias, beside[2], p, False, config, config, config)
 
 
 def test_two_runs_agree_bit_for_bit():
