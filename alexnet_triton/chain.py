@@ -1,15 +1,16 @@
 """Convolutions and poolings that follow one another, run on the Triton kernels, forward and backward.
 
-The maps between them stay in the layout that the next one reads (`kernels.halo`): a convolution's epilogue or a pooling writes
-the border of the next convolution, backward likewise, so from the first convolution to the last pooling nothing is copied.
+The maps between them stay in the layout that the next one reads (`kernels.halo`): a convolution's epilogue or a pooling
+writes the border of the next convolution, backward likewise, so from the first convolution to the last pooling nothing
+is copied.
 
     forward    x -> enter -> [conv -> pool | conv -> conv ...] -> out
     backward   grad -> enter, masked by out > 0 -> [weight gradient; data gradient, masked by its input > 0] ... -> dx
 
 A ReLU's mask is applied by whatever brings the gradient into its convolution's layout: the entering copy, the pooling's
-backward, or the epilogue of the next convolution's data gradient. So no matrix product has a mask in its loop, and nothing is
-saved for ReLU. Where a map cannot be handed over (a strided convolution inside a chain, channels that are no multiple of
-sixteen) it passes as an ordinary channels-last tensor, and enters again.
+backward, or the epilogue of the next convolution's data gradient. So no matrix product has a mask in its loop, and
+nothing is saved for ReLU. Where a map cannot be handed over (a strided convolution inside a chain, channels that are no
+multiple of sixteen) it passes as an ordinary channels-last tensor, and enters again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from alexnet_triton.kernels import conv as convolution
@@ -105,8 +105,8 @@ def _plan_of(x: Tensor, parameters: Sequence[Tensor], stages: tuple[Stage, ...])
         rows = link.shape.x_layout.rows if isinstance(link, _Conv) else link.x_size[0] * link.x_size[2] * link.x_size[3]
         if rows > MOST_ROWS:
             raise ValueError(
-                f"maps of more than {MOST_ROWS:,} pixels in a batch are not counted by the Triton kernels, got {rows:,}: "
-                "split the batch"
+                f"the Triton kernels count at most {MOST_ROWS:,} pixels of a map in a batch, got {rows:,}: split the "
+                "batch"
             )
     return links
 
@@ -172,7 +172,10 @@ def _dense_matrix(value: Tensor) -> Tensor:
 
 
 def _in_format(value: Tensor, channels_last: bool) -> Tensor:
-    return value if channels_last else value.contiguous()
+    if channels_last:
+        return value
+    # Through one dimension, so that axes of length 1 have the strides that a fresh tensor's have.
+    return value.contiguous().view(-1).view(value.shape)
 
 
 def like(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], save: bool) -> tuple[Size, list[Tensor]]:
@@ -264,7 +267,8 @@ def backward(
             n, c, h, w = link.x_size
             layout = before.shape.dy_layout if direct and isinstance(before, _Conv) else halo.dense(n, c, h, w)
             gradient = norm_pool.lrn_max_pool_backward(
-                source, index, value, s.size, s.alpha, s.beta, s.k, s.window, s.stride, s.padding, s.lrn_groups, layout, relu
+                source, index, value, s.size, s.alpha, s.beta, s.k, s.window, s.stride, s.padding, s.lrn_groups,
+                layout, relu,
             )  # fmt: skip
             matrix, value = (gradient, None) if direct else (None, halo.view(gradient, layout))
             output = source

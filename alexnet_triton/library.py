@@ -1,8 +1,8 @@
 """The Triton implementation as operators of `torch.library`: schemas, fakes, autograd, autocast, device guards.
 
-Registered this way, torch.compile, torch.export, fake tensors, functionalisation and CUDA graphs see two operators and their
-gradients, without looking into them. They are registered on the dispatcher itself rather than by `torch.library.custom_op`,
-whose bookkeeping costs an eager call more than the operator's own.
+Registered this way, torch.compile, torch.export, fake tensors, functionalisation and CUDA graphs see two operators and
+their gradients, without looking into them. They are registered on the dispatcher itself rather than by
+`torch.library.custom_op`, whose bookkeeping costs an eager call more than the operator's own.
 
 Gradients are defined once: differentiating a gradient raises, where `alexnet_triton.reference` would do it.
 """
@@ -194,7 +194,9 @@ def _fake_dropout_linear_backward(
     relu: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     dx = [x.new_empty(x.shape)] if needs[0] else []
-    return dx + [torch.empty_like(t) for t, needed in zip((weight, bias), needs[1:], strict=True) if needed and t is not None]
+    return dx + [
+        torch.empty_like(t) for t, needed in zip((weight, bias), needs[1:], strict=True) if needed and t is not None
+    ]
 
 
 # --- autograd -----------------------------------------------------------------------------------------------

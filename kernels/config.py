@@ -1,8 +1,8 @@
 """What a launch must be told, and a default that is right everywhere.
 
-A config is a small frozen dataclass; its fields are the kernel's block sizes, warps and stages. The function of the same
-name chooses one from the shape, the dtype and the target by rules that need no measurement. Under the interpreter time goes by programs
-and loop turns, so blocks are large there.
+A config is a small frozen dataclass; its fields are the kernel's block sizes, warps and stages. The function of the
+same name chooses one from the shape, the dtype and the target by rules that need no measurement. Under the interpreter
+time goes by programs and loop turns, so blocks are large there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from alexnet_triton.kernels.target import Target, cdiv, power_of_two
 
 # --- copies -------------------------------------------------------------------------------------------------
@@ -47,8 +46,7 @@ class ConvConfig:
     extra_k: int
     """A tile is `block_k + extra_k` filters wide; 0 for none. 64 + 32 holds 96 without waste."""
     block_crs: int
-    extra_crs: int
-    """A step sums over `block_crs + extra_crs` channels, which divide a run of them; 0 for none."""
+    """A step sums over so many columns of the filter matrix."""
     warps: int
     stages: int
 
@@ -70,18 +68,18 @@ class WeightGradientConfig:
     stages: int
 
 
-def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, groups: int, run: int) -> ConvConfig:
-    """A config for a product of `pixels` by `filters` a group, which finds `run` columns side by side."""
+def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, groups: int) -> ConvConfig:
+    """A config for a product of `pixels` by `filters` a group."""
     if target.backend == "cpu":
-        block_k, block_crs = max(16, min(1024, power_of_two(filters))), min(256, run & -run)
-        return ConvConfig(_rows(pixels, max(block_k, block_crs)), block_k, 0, block_crs, 0, 4, 1)
+        block_k = max(64, min(1024, power_of_two(filters)))
+        return ConvConfig(_rows(pixels, block_k), block_k, 0, 64, 4, 1)
     full = dtype == torch.float32
-    block_k, extra_k = _width(filters, 64 if full else 128)
-    block_crs, extra_crs = _step(run, 32 if full else 64)
+    block_k, extra_k = _width(target, filters, 64 if full else 128)
+    block_crs = 32 if full else 64
     block_npq = 64 if full or pixels <= 4096 else 128
     warps = 8 if block_npq * (block_k + extra_k) >= 128 * 128 else 4
-    stages = _stages(target, dtype, (block_npq + block_k + extra_k) * (block_crs + extra_crs))
-    return ConvConfig(block_npq, block_k, extra_k, block_crs, extra_crs, warps, stages)
+    stages = _stages(target, dtype, (block_npq + block_k + extra_k) * block_crs)
+    return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages)
 
 
 def weight_gradient_config(
@@ -92,13 +90,15 @@ def weight_gradient_config(
         block_k = max(16, min(1024, power_of_two(filters)))
         return WeightGradientConfig(_rows(reduction, block_k), block_k, 0, 64, 1, 4, 1)
     full = dtype == torch.float32
-    block_k, extra_k = _width(filters, 64 if full else 128)
+    block_k, extra_k = _width(target, filters, 64 if full else 128)
     block_crs = 64 if full else 128
     block_npq = 32 if full else 64
     tiles = cdiv(reduction, block_crs) * cdiv(filters, block_k + extra_k) * groups
     splits = max(1, min(2 * target.multiprocessors // tiles, steps // 4))
-    warps = 8 if block_crs * (block_k + extra_k) >= 128 * 128 else 4
-    stages = _stages(target, dtype, block_npq * (block_crs + block_k + extra_k))
+    # Before Hopper a turned operand goes through registers, and four warps spill.
+    reads_shared = target.backend != "cuda" or int(target.arch) >= 90
+    warps = 4 if reads_shared and block_crs * (block_k + extra_k) < 128 * 128 else 8
+    stages = min(4 if reads_shared else 3, _stages(target, dtype, block_npq * (block_crs + block_k + extra_k)))
     return WeightGradientConfig(block_crs, block_k, extra_k, block_npq, splits, warps, stages)
 
 
@@ -111,16 +111,20 @@ def _rows(rows: int, columns: int) -> int:
     return max(16, min(power_of_two(rows), LARGEST_TILE // columns))
 
 
-def _width(columns: int, most: int) -> tuple[int, int]:
-    """The widest (block, extra) up to `most` + half of it that wastes the fewest columns."""
-    choices = [(b, e) for b in (256, 128, 64, 32, 16) for e in (b // 2, 0) if b <= most and e != 8]
+def _width(target: Target, columns: int, most: int) -> tuple[int, int]:
+    """The widest (block, extra) that wastes the fewest columns, its block at most `most`.
+
+    Beside a block of 128, only Hopper's and later tensor cores, which read their operands from shared memory, leave
+    registers for an extra part.
+
+    Narrow parts cost more instructions than the columns they save: on sm_90 a step of 128x(32 + 16) has 157, one of
+    128x64 has 114.
+    """
+    least = min(64, max(16, power_of_two(columns)))
+    widest = 64 if target.backend == "cuda" and int(target.arch) >= 90 else 32
+    extras = [(b, e) for b in (128, 64) for e in (b // 2,) if e <= widest]
+    choices = [be for be in [(b, 0) for b in (128, 64, 32, 16)] + extras if least <= be[0] <= most]
     return min(choices, key=lambda be: (cdiv(columns, sum(be)) * sum(be), -sum(be)))
-
-
-def _step(run: int, most: int) -> tuple[int, int]:
-    """The longest (block, extra) that divides `run`, of up to `most` and a half of it."""
-    choices = [(b, e) for b in (64, 32, 16) for e in (32, 16, 0) if b <= most and e < b]
-    return max((be for be in choices if run % sum(be) == 0), key=lambda be: (be[1] == 0 and be[0] == most, sum(be)))
 
 
 def _stages(target: Target, dtype: torch.dtype, elements: int) -> int:

@@ -8,8 +8,8 @@ A stride is folded away first (`halo.Fold`), so every convolution here has strid
     data gradient    dX[m]   = sum over taps of dY[m - shift(r, s)] @ W[r, s]
     weight gradient  dW[r, s] = sum over m of dY[m]^T @ X[m + shift(r, s)]
 
-The data gradient is the forward product with the filters turned by half a turn and transposed, so one kernel serves both;
-`pack_kernel` lays the filters out for either. No loop has a mask in it: what lies outside an image is a zero in memory.
+The data gradient is the forward product with the filters turned by half a turn and transposed, so one kernel serves
+both; `pack_kernel` lays the filters out for either. No loop masks a pixel: outside an image there are zeros in memory.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from alexnet_triton.kernels import halo, launch
 from alexnet_triton.kernels.config import (
     ConvConfig,
@@ -30,11 +28,16 @@ from alexnet_triton.kernels.config import (
     weight_gradient_config,
 )
 from alexnet_triton.kernels.halo import Fold, Layout
+from torch import Tensor
 
 Pair = tuple[int, int]
 
 CHANNELS_MULTIPLE = 16
 """Channels a group are padded to a multiple of this: 32 bytes of half precision, and the least step of a product."""
+
+
+STEP_MULTIPLE = 64
+"""Columns of the packed filters come in multiples of this: no step of a product reads past them."""
 
 
 def _padded(channels: int) -> int:
@@ -184,7 +187,7 @@ def pack_kernel(
     s = s * stride_w + channel % BLOCK_W
     c = channel // (BLOCK_H * BLOCK_W)
     written = (row < rows) & (column < columns)
-    inside &= written & (r < window_h) & (s < window_w)
+    inside &= written & (r >= 0) & (r < window_h) & (s >= 0) & (s < window_w)
     at = k.to(tl.int64) * w_k + c.to(tl.int64) * w_c + r * w_r + s * w_s
     value = tl.load(weight + at, mask=inside, other=0.0)
     tl.store(out + row.to(tl.int64) * columns + column, value, mask=written)
@@ -200,12 +203,13 @@ def pack(weight: Tensor, conv: Convolution, dtype: torch.dtype, turned: bool = F
         turned: by half a turn and transposed.
 
     Returns:
-        (G * filters, R' * S' * padded channels), or turned (G * channels, R' * S' * padded filters).
+        (G * filters, R' * S' * padded channels), or turned (G * channels, R' * S' * padded filters), with columns of
+        zeros up to a multiple of `STEP_MULTIPLE`.
     """
     filters_padded, depth_padded = _padded(conv.filters), _padded(conv.folded_depth)
     width = filters_padded if turned else depth_padded
     rows = conv.groups * (conv.folded_depth if turned else conv.filters)
-    columns = conv.taps[0] * conv.taps[1] * width
+    columns = launch.cdiv(conv.taps[0] * conv.taps[1] * width, STEP_MULTIPLE) * STEP_MULTIPLE
     out = launch.empty((rows, columns), weight, dtype)
     config = copy_config(launch.target_of(weight.device), rows, columns)
     launch.launch(
@@ -251,20 +255,19 @@ def _store_tile(
 @triton.jit
 def conv_kernel(
     x, weight, bias, gate, y,
-    filters, groups, reduction, x_columns, depth, hop, row_hop, first_shift,
+    filters, groups, reduction, packed_columns, x_columns, depth, run, hop, taps_w, row_hop, first_shift,
     images, out_h, out_w, pitch_h, pitch_w, x_lead,
     y_rows, y_columns, y_pitch_h, y_pitch_w, y_lead, gate_lead, gate_columns,
-    steps, steps_a_run, runs_a_row,
-    GATHER: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, ONE_RUN: tl.constexpr,
-    BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA_K: tl.constexpr,
-    BLOCK_CRS: tl.constexpr, EXTRA_CRS: tl.constexpr,
+    GATHER: tl.constexpr, BORDER: tl.constexpr, RELU: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # Y[NPQ, K] = X[NPQ shifted by each tap, C] @ W[K, (R, S, C)]^T, for each group.
-    # A program makes BLOCK_NPQ rows by BLOCK_K + EXTRA_K filters; filters run fastest, so that programs side by
-    # side read the same rows of X. A step sums over BLOCK_CRS + EXTRA_CRS channels; the two parts of each let 96, 192 and
-    # 48 be tiled without waste. The columns that a tap, or a whole row of taps, finds side by side are a run; `hop` leads
-    # from one run to the next, `row_hop` further to the next row of taps.
+    # A program makes BLOCK_NPQ rows by BLOCK_K + EXTRA_K filters (64 + 32 hold 96 without waste); filters run
+    # fastest, so that programs side by side read the same rows of X.
+    # The columns of X that a tap, or a row of taps, finds side by side are a `run`; `hop` leads on from one run to
+    # the next, and `row_hop` further to the next row of taps. A step takes BLOCK_CRS columns; where these divide a run
+    # (ALIGNED) their places are one number, else each column counts its own.
     k_tiles = tl.cdiv(filters, BLOCK_K + EXTRA_K)
     pid = tl.program_id(0)
     group = pid // k_tiles % groups
@@ -284,64 +287,57 @@ def conv_kernel(
         pixel = tl.where(inside, pixel, 0)
         row = number
     row = row.to(tl.int64)
-    x_row = (x_lead + first_shift + pixel).to(tl.int64)
 
+    lane = tl.arange(0, BLOCK_CRS)
+    x_at = x + (x_lead + first_shift + pixel).to(tl.int64)[:, None] * x_columns + group * depth
+    if ALIGNED:
+        x_at += lane[None, :]
+        in_run, in_row, offset = 0, 0, 0
+    else:
+        in_run, in_row = lane % run, lane // run % taps_w
+        # Sixteen columns at a time lie side by side, since a group's channels come in sixteens.
+        offset = tl.max_contiguous(tl.multiple_of(lane + lane // run * hop + lane // run // taps_w * row_hop, 16), 16)
     k0 = first_k + tl.arange(0, BLOCK_K)
-    x_at = x + x_row[:, None] * x_columns + (group * depth + tl.arange(0, BLOCK_CRS))[None, :]
-    w_row = (group * filters + tl.minimum(k0, filters - 1)).to(tl.int64) * reduction
-    w_at = weight + w_row[:, None] + tl.arange(0, BLOCK_CRS)[None, :]
+    w_at = weight + (group * filters + tl.minimum(k0, filters - 1)).to(tl.int64)[:, None] * packed_columns
+    w_at += lane[None, :]
     sums = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
     if EXTRA_K:
         k1 = first_k + BLOCK_K + tl.arange(0, EXTRA_K)
-        w1_row = (group * filters + tl.minimum(k1, filters - 1)).to(tl.int64) * reduction
-        w1_at = weight + w1_row[:, None] + tl.arange(0, BLOCK_CRS)[None, :]
+        w1_at = weight + (group * filters + tl.minimum(k1, filters - 1)).to(tl.int64)[:, None] * packed_columns
+        w1_at += lane[None, :]
         sums1 = tl.zeros((BLOCK_NPQ, EXTRA_K), tl.float32)
-    if EXTRA_CRS:
-        x2_at = x + x_row[:, None] * x_columns + (group * depth + BLOCK_CRS + tl.arange(0, EXTRA_CRS))[None, :]
-        w2_at = weight + w_row[:, None] + BLOCK_CRS + tl.arange(0, EXTRA_CRS)[None, :]
-        if EXTRA_K:
-            w3_at = weight + w1_row[:, None] + BLOCK_CRS + tl.arange(0, EXTRA_CRS)[None, :]
 
-    offset = 0
-    in_run = 0
-    in_row = 0
-    for _ in range(steps):
-        offset = tl.multiple_of(offset, 16)
-        a = tl.load(x_at + offset)
+    step = BLOCK_CRS + BLOCK_CRS // run * hop + BLOCK_CRS // run // taps_w * row_hop
+    for column in range(0, reduction, BLOCK_CRS):
+        if ALIGNED:
+            a = tl.load(x_at + offset)
+        elif EVEN:
+            a = tl.load(x_at + offset[None, :])
+        else:
+            a = tl.load(x_at + offset[None, :], mask=(column + lane < reduction)[None, :], other=0.0)
         b = tl.load(w_at)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
-        w_at += BLOCK_CRS + EXTRA_CRS
+        w_at += BLOCK_CRS
         if EXTRA_K:
             b1 = tl.load(w1_at)
             if UPCAST:
                 b1 = b1.to(tl.float32)
             sums1 = tl.dot(a, tl.trans(b1), sums1, input_precision=PRECISION)
-            w1_at += BLOCK_CRS + EXTRA_CRS
-        if EXTRA_CRS:
-            a2 = tl.load(x2_at + offset)
-            b2 = tl.load(w2_at)
-            if UPCAST:
-                a2, b2 = a2.to(tl.float32), b2.to(tl.float32)
-            sums = tl.dot(a2, tl.trans(b2), sums, input_precision=PRECISION)
-            w2_at += BLOCK_CRS + EXTRA_CRS
-            if EXTRA_K:
-                b3 = tl.load(w3_at)
-                if UPCAST:
-                    b3 = b3.to(tl.float32)
-                sums1 = tl.dot(a2, tl.trans(b3), sums1, input_precision=PRECISION)
-                w3_at += BLOCK_CRS + EXTRA_CRS
-        # The next step: further along the run, or at the next tap, or at the next row of taps.
-        in_run += 1
-        over = in_run == steps_a_run
-        in_run = tl.where(over, 0, in_run)
-        offset += BLOCK_CRS + EXTRA_CRS + tl.where(over, hop, 0)
-        if not ONE_RUN:
-            in_row += tl.where(over, 1, 0)
-            over_row = in_row == runs_a_row
-            in_row = tl.where(over_row, 0, in_row)
-            offset += tl.where(over_row, row_hop, 0)
+            w1_at += BLOCK_CRS
+        # A step passes BLOCK_CRS // run runs, and one more where the columns that are left over fill one up.
+        in_run += BLOCK_CRS % run
+        over = in_run >= run
+        in_run = tl.where(over, in_run - run, in_run)
+        offset += tl.where(over, step + hop, step)
+        in_row += tl.where(over, BLOCK_CRS // run % taps_w + 1, BLOCK_CRS // run % taps_w)
+        over = in_row >= taps_w
+        in_row = tl.where(over, in_row - taps_w, in_row)
+        # The hints stand on a choice, not on a sum: sums are taken apart on the way to AMD's loads.
+        offset = tl.multiple_of(tl.where(over, offset + row_hop, offset), 16)
+        if not ALIGNED:
+            offset = tl.max_contiguous(offset, 16)
 
     gate_row = pixel.to(tl.int64) + gate_lead
     _store_tile(
@@ -349,7 +345,8 @@ def conv_kernel(
     )
     if EXTRA_K:
         _store_tile(
-            sums1, bias, gate, y, row, gate_row, inside, k1, filters, y_columns, group, gate_columns, y_rows, RELU, BORDER
+            sums1, bias, gate, y, row, gate_row, inside, k1, filters, y_columns, group, gate_columns, y_rows,
+            RELU, BORDER,
         )  # fmt: skip
 
 
@@ -370,14 +367,14 @@ def _shifted_product(
     target = launch.target_of(x.device)
     pixels = x_layout.images * product.out_size[0] * product.out_size[1]
     taps_h, taps_w = product.taps
-    # Rows of taps that lie side by side in memory are one run; with several groups each tap is a run.
-    one_run = groups == 1
-    run = product.depth * (taps_w if one_run else 1)
+    # A row of taps lies side by side in memory where there is one group; with several each tap is a run.
+    runs_a_row = 1 if groups == 1 else taps_w
+    run = product.depth * taps_w // runs_a_row
     if config is None:
-        config = conv_config(target, x.dtype, pixels, product.filters, groups, run)
+        config = conv_config(target, x.dtype, pixels, product.filters, groups)
+    reduction = taps_h * taps_w * product.depth
     same_rows = (y_layout.pitch_h, y_layout.pitch_w) == (x_layout.pitch_h, x_layout.pitch_w)
     gather = y_layout.is_dense or not same_rows
-    step = config.block_crs + config.extra_crs
     make = launch.empty if y_layout.is_dense or same_rows else launch.zeros
     y = make((y_layout.rows, y_layout.channels), x)
     numbers = pixels if gather else y_layout.rows
@@ -386,20 +383,19 @@ def _shifted_product(
         conv_kernel,
         launch.cdiv(numbers, config.block_npq) * k_tiles * groups,
         x=x, weight=packed, bias=bias, gate=gate, y=y,
-        filters=product.filters, groups=groups, reduction=taps_h * taps_w * product.depth,
-        x_columns=x_layout.channels, depth=product.depth,
-        hop=(x_layout.pitch_w if one_run else 1) * x_layout.channels - run,
-        row_hop=(x_layout.pitch_w - taps_w) * x_layout.channels,
+        filters=product.filters, groups=groups, reduction=reduction, packed_columns=packed.shape[1],
+        x_columns=x_layout.channels, depth=product.depth, run=run,
+        hop=(x_layout.pitch_w if runs_a_row == 1 else 1) * x_layout.channels - run,
+        taps_w=runs_a_row, row_hop=0 if runs_a_row == 1 else (x_layout.pitch_w - taps_w) * x_layout.channels,
         first_shift=-(product.padding[0] * x_layout.pitch_w + product.padding[1]),
         images=x_layout.images, out_h=product.out_size[0], out_w=product.out_size[1],
         pitch_h=x_layout.pitch_h, pitch_w=x_layout.pitch_w, x_lead=x_layout.lead,
         y_rows=y_layout.rows, y_columns=y_layout.channels,
         y_pitch_h=y_layout.pitch_h, y_pitch_w=y_layout.pitch_w, y_lead=y_layout.lead,
         gate_lead=gate_layout.lead if gate_layout else 0, gate_columns=gate_layout.channels if gate_layout else 0,
-        steps=taps_h * taps_w * product.depth // step, steps_a_run=run // step, runs_a_row=taps_w,
-        GATHER=gather, BORDER=not gather, RELU=relu, ONE_RUN=one_run,
-        BLOCK_NPQ=config.block_npq, BLOCK_K=config.block_k, EXTRA_K=config.extra_k,
-        BLOCK_CRS=config.block_crs, EXTRA_CRS=config.extra_crs,
+        GATHER=gather, BORDER=not gather, RELU=relu,
+        ALIGNED=run % config.block_crs == 0, EVEN=reduction % config.block_crs == 0,
+        BLOCK_NPQ=config.block_npq, BLOCK_K=config.block_k, EXTRA_K=config.extra_k, BLOCK_CRS=config.block_crs,
         PRECISION=launch.dot_precision(target), UPCAST=launch.INTERPRETED,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
@@ -474,7 +470,7 @@ def weight_gradient_kernel(
     BLOCK_CRS: tl.constexpr, BLOCK_K: tl.constexpr, EXTRA_K: tl.constexpr, BLOCK_NPQ: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # dW[(R, S, C), K] = X[NPQ shifted by each tap, C]^T @ dY[NPQ, K], for each group; each split sums a part of the rows.
+    # dW[(R, S, C), K] = X[NPQ shifted by each tap, C]^T @ dY[NPQ, K], for each group; a split sums a part of the rows.
     # A program makes BLOCK_CRS columns of X, any columns since each has a constant distance of its own, by
     # BLOCK_K + EXTRA_K filters. Programs past `products` sum dY itself over the rows, for the bias.
     pid = tl.program_id(0)
@@ -486,10 +482,10 @@ def weight_gradient_kernel(
         first_column = pid % tiles * BLOCK_CRS
         first_k = pid // tiles % k_tiles * (BLOCK_K + EXTRA_K)
 
-        column = _sixteens(first_column, reduction, BLOCK_CRS)
+        column = first_column + tl.arange(0, BLOCK_CRS)
         tap = column // depth
         shift = first_shift + tap // taps_w * pitch_w + tap % taps_w
-        distance = shift.to(tl.int64) * x_columns + group * depth + column % depth
+        distance = tl.where(column < reduction, shift * x_columns + group * depth + column % depth, column % 16)
         distance = tl.max_contiguous(tl.multiple_of(distance, 16), 16)  # a group's channels come in sixteens
         row = split.to(tl.int64) * steps_a_split * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
         x_at = x + (x_first + row)[:, None] * x_columns + distance[None, :]
@@ -514,31 +510,42 @@ def weight_gradient_kernel(
             x_at += BLOCK_NPQ * x_columns
             dy_at += BLOCK_NPQ * dy_columns
 
-        column = first_column + tl.arange(0, BLOCK_CRS)
         out = partial + ((split * groups + group).to(tl.int64) * reduction + column)[:, None] * filters
-        k = first_k + tl.arange(0, BLOCK_K)
-        tl.store(out + k[None, :], sums, mask=(column < reduction)[:, None] & (k < filters)[None, :])
+        k0 = first_k + tl.arange(0, BLOCK_K)
+        tl.store(out + k0[None, :], sums, mask=(column < reduction)[:, None] & (k0 < filters)[None, :])
         if EXTRA_K:
-            k = first_k + BLOCK_K + tl.arange(0, EXTRA_K)
-            tl.store(out + k[None, :], sums1, mask=(column < reduction)[:, None] & (k < filters)[None, :])
+            k1 = first_k + BLOCK_K + tl.arange(0, EXTRA_K)
+            tl.store(out + k1[None, :], sums1, mask=(column < reduction)[:, None] & (k1 < filters)[None, :])
     else:
-        pid -= products
-        bias_tiles = tl.cdiv(filters, BLOCK_K)
-        k = pid % bias_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-        group = pid // bias_tiles % groups
-        split = pid // bias_tiles // groups
-        row = split.to(tl.int64) * steps_a_split * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
-        dy_at = dy + (dy_first + row)[:, None] * dy_columns + (group * filters_padded + k)[None, :]
-        total = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
-        for _ in range(tl.minimum(steps_a_split, steps - split * steps_a_split)):
-            total += tl.load(dy_at, mask=(k < filters)[None, :], other=0.0).to(tl.float32)
-            dy_at += BLOCK_NPQ * dy_columns
-        tl.store(bias_partial + (split * groups + group) * filters + k, tl.sum(total, 0), mask=k < filters)
+        _sum_rows(
+            dy, bias_partial, pid - products, filters, groups, dy_columns, filters_padded, dy_first,
+            steps, steps_a_split, BLOCK_K, BLOCK_NPQ,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_rows(
+    dy, bias_partial, pid, filters, groups, dy_columns, filters_padded, dy_first, steps, steps_a_split,
+    BLOCK_K: tl.constexpr, BLOCK_NPQ: tl.constexpr,
+):  # fmt: skip
+    """The bias's part of a weight gradient: db[K] = sum of dY[NPQ, K] over a split's rows."""
+    tiles = tl.cdiv(filters, BLOCK_K)
+    k = pid % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    group = pid // tiles % groups
+    split = pid // tiles // groups
+    row = split.to(tl.int64) * steps_a_split * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
+    dy_at = dy + (dy_first + row)[:, None] * dy_columns + (group * filters_padded + k)[None, :]
+    total = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
+    for _ in range(tl.minimum(steps_a_split, steps - split * steps_a_split)):
+        total += tl.load(dy_at, mask=(k < filters)[None, :], other=0.0).to(tl.float32)
+        dy_at += BLOCK_NPQ * dy_columns
+    tl.store(bias_partial + (split * groups + group) * filters + k, tl.sum(total, 0), mask=k < filters)
 
 
 @triton.jit
 def add_splits_kernel(
-    partial, bias_partial, dw, db, w_k, w_c, w_r, w_s, splits, groups, filters, depth, reduction, depth_padded,
+    partial, bias_partial, dw, db, w_k, w_c, w_r, w_s,
+    splits, split_size, groups, filters, depth, reduction, depth_padded,
     window_h, window_w, stride_h, stride_w, taps_w, filter_programs,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
 ):  # fmt: skip
@@ -557,18 +564,19 @@ def add_splits_kernel(
         column = (r // stride_h * taps_w + s // stride_w) * depth_padded + channel
         written = (element < size) & (k < filters)
         total = tl.zeros((BLOCK_CRS, BLOCK_K), tl.float32)
-        at = partial + (group.to(tl.int64) * reduction + column) * filters + k
+        part = partial + (group.to(tl.int64) * reduction + column) * filters + k
         for _ in range(splits):
-            total += tl.load(at, mask=written, other=0.0)
-            at += groups.to(tl.int64) * reduction * filters
+            total += tl.load(part, mask=written, other=0.0)
+            part += split_size
         at = (group * filters + k).to(tl.int64) * w_k + c.to(tl.int64) * w_c + r * w_r + s * w_s
         tl.store(dw + at, total.to(dw.dtype.element_ty), mask=written)
     else:
-        k = (pid - filter_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
-        total = tl.zeros((BLOCK_K,), tl.float32)
+        filter_ = (pid - filter_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
+        real = filter_ < groups * filters
+        sums = tl.zeros((BLOCK_K,), tl.float32)
         for split in range(splits):
-            total += tl.load(bias_partial + split * groups * filters + k, mask=k < groups * filters, other=0.0)
-        tl.store(db + k, total.to(db.dtype.element_ty), mask=k < groups * filters)
+            sums += tl.load(bias_partial + split * groups * filters + filter_, mask=real, other=0.0)
+        tl.store(db + filter_, sums.to(db.dtype.element_ty), mask=real)
 
 
 def weight_gradient(
@@ -626,7 +634,8 @@ def weight_gradient(
         filter_programs + (0 if bias is None else launch.cdiv(filters, tile.channels)),
         partial=partial, bias_partial=bias_partial, dw=dw, db=db,
         w_k=dw.stride(0), w_c=dw.stride(1), w_r=dw.stride(2), w_s=dw.stride(3),
-        splits=splits, groups=conv.groups, filters=conv.filters, depth=conv.depth, reduction=conv.reduction,
+        splits=splits, split_size=filters * conv.reduction, groups=conv.groups, filters=conv.filters, depth=conv.depth,
+        reduction=conv.reduction,
         depth_padded=_padded(conv.folded_depth), window_h=conv.window[0], window_w=conv.window[1],
         stride_h=conv.stride[0], stride_w=conv.stride[1], taps_w=conv.taps[1], filter_programs=filter_programs,
         BLOCK_H=conv.block[0], BLOCK_W=conv.block[1], BLOCK_K=tile.channels, BLOCK_CRS=tile.rows,

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from alexnet_triton.kernels import launch
 from alexnet_triton.kernels.config import copy_config
+from torch import Tensor
 
 ROWS_MULTIPLE = 64
 """Rows between the two margins come in multiples of this: a weight gradient's steps need no mask."""
@@ -102,8 +101,8 @@ class Fold(NamedTuple):
     """How blocks of a tensor's pixels become channels, so that a strided convolution has stride 1.
 
     Channel (g, c, i, j) of pixel (h, w) of the matrix is channel c of group g of the tensor's pixel
-    (h * stride + i - origin, w * stride + j - origin): `torch.nn.functional.pixel_unshuffle`'s order inside a group. A group's
-    channels are followed by zeros up to `depth_padded`.
+    (h * stride + i - origin, w * stride + j - origin): inside a group the order of
+    `torch.nn.functional.pixel_unshuffle`. A group's channels are followed by zeros up to `depth_padded`.
     """
 
     groups: int
