@@ -140,7 +140,7 @@ HALF = [("paper-1", torch.float16), ("merged-2", torch.bfloat16), ("caffe-1", to
 
 @pytest.mark.parametrize(("pool", "dtype"), [*((pool, torch.float32) for pool in POOLS), *HALF], ids=str)
 def test_alexnets_pools_at_full_size(pool, dtype):
-    batch = 3 if pool in ("merged-2", "conv5") else 1
+    batch = 3 if pool in ("torchvision-2", "conv5") else 1
     case = POOLS[pool]._replace(shape=(batch, *POOLS[pool].shape[1:]))
     # Responses large enough for the normalisation to matter, after a ReLU.
     x = (torch.randn(case.shape) * 60).relu().to(dtype).contiguous(memory_format=torch.channels_last)
@@ -180,7 +180,7 @@ def strided(tensor, how):
     return part
 
 
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", range(30))
 def test_drawn_shapes(seed):
     case, dtype = draw(seed), DTYPES[seed % 3]
     x = strided((torch.randn(case.shape) * 2).to(dtype), seed // 3 % 4)
@@ -243,7 +243,7 @@ def test_index_is_torchs(window, stride):
 
 def test_index_is_small_where_it_can_be():
     assert norm_pool.index_dtype((16, 16)) == torch.uint8
-    assert norm_pool.index_dtype((16, 17)) == torch.int32
+    assert norm_pool.index_dtype((1, 257)) == torch.int32
 
 
 def test_index_is_left_out_where_nobody_wants_it():
@@ -280,13 +280,14 @@ def test_strips_find_the_same_nans_ties_and_infinities():
 
 
 def test_offsets_pass_two_to_the_31():
-    case = Case((2, 8, 5, 5), alpha=1.0)
+    # Strides that fit 32 bits, times numbers that do.
+    case = Case((3, 9, 5, 5), alpha=1.0)
     try:
         room = torch.empty(2**31 + 4096, dtype=torch.float16)  # memory that is not touched is not taken
     except RuntimeError:
         pytest.skip("no 4 GB of addresses")
-    x = room.as_strided(case.shape, (2**31, 1, 40, 8)).copy_(torch.randn(case.shape))
-    grad = room[2048:].as_strided((2, 8, 2, 2), (1, 2**28, 8, 2)).copy_(torch.randn(2, 8, 2, 2))
+    x = room.as_strided(case.shape, (2**30, 1, 45, 9)).copy_(torch.randn(case.shape))
+    grad = room[2048:].as_strided((3, 9, 2, 2), (4, 2**28, 2, 1)).copy_(torch.randn(3, 9, 2, 2))
     hold(case, x, grad)
 
 
@@ -344,9 +345,9 @@ def test_a_group_that_ends_divides_by_nothing_where_k_is_zero():
     case = Case(tuple(x.shape), k=0.0, groups=2)
     hold(case, x, torch.randn(1, 16, 1, 1), layout=haloed)
     x = torch.zeros(1, 16, 1, 1)
-    x[:, 8] = 1
+    x[:, [6, 9]] = 1
     _, _, dx = pool_one(x, k=0.0, groups=2)
-    assert dx[0, 8:9].isfinite().all()
+    assert dx[0, 7:9].isfinite().all()
 
 
 def test_pool_propagates_nan_to_every_window_that_touches_it():
