@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from alexnet_triton.bench.memory import peak_bytes
-from alexnet_triton.bench.timing import in_turn, machine, speedup, summary
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from alexnet_triton import alexnet
+from alexnet_triton.bench.memory import peak_bytes
+from alexnet_triton.bench.timing import in_turn, machine, speedup, summary
 
 OURS, THEIRS = "alexnet_triton", "torchvision"
 

@@ -34,9 +34,9 @@ def _peak_of_this_process() -> int:
 def _main(name: str, task: str, batch: int) -> None:
     import torch
     import torchvision
-    from alexnet_triton.bench.cpu import training_step
 
     import alexnet_triton
+    from alexnet_triton.bench.cpu import training_step
 
     torch.manual_seed(0)
     model = {"alexnet_triton": alexnet_triton.alexnet, "torchvision": torchvision.models.alexnet}[name]()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from alexnet_triton.kernels.target import Target, cdiv, power_of_two
 
 # --- copies -------------------------------------------------------------------------------------------------
@@ -114,17 +115,20 @@ def _rows(rows: int, columns: int) -> int:
 def _width(target: Target, columns: int, most: int) -> tuple[int, int]:
     """The widest (block, extra) that wastes the fewest columns, its block at most `most`.
 
-    Beside a block of 128, only Hopper's and later tensor cores, which read their operands from shared memory, leave
-    registers for an extra part.
-
     Narrow parts cost more instructions than the columns they save: on sm_90 a step of 128x(32 + 16) has 157, one of
-    128x64 has 114.
+    128x64 has 114. Hopper's and later tensor cores read their operands from shared memory and leave registers for an
+    extra part; before them a block of 128 has no room for one, and one of 64 takes it only where it saves columns.
     """
+    roomy = target.backend == "cuda" and int(target.arch) >= 90
     least = min(64, max(16, power_of_two(columns)))
-    widest = 64 if target.backend == "cuda" and int(target.arch) >= 90 else 32
-    extras = [(b, e) for b in (128, 64) for e in (b // 2,) if e <= widest]
-    choices = [be for be in [(b, 0) for b in (128, 64, 32, 16)] + extras if least <= be[0] <= most]
-    return min(choices, key=lambda be: (cdiv(columns, sum(be)) * sum(be), -sum(be)))
+    choices = [(128, 64), (64, 32)] if roomy else [(64, 32)]
+    choices += [(block, 0) for block in (128, 64, 32, 16)]
+
+    def waste(choice: tuple[int, int]) -> tuple[int, bool, int]:
+        width = sum(choice)
+        return cdiv(columns, width) * width, not roomy and choice[1] > 0, -width
+
+    return min((choice for choice in choices if least <= choice[0] <= most), key=waste)
 
 
 def _stages(target: Target, dtype: torch.dtype, elements: int) -> int:

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from alexnet_triton.kernels import halo, launch
 from alexnet_triton.kernels.config import (
     ConvConfig,
@@ -28,7 +30,6 @@ from alexnet_triton.kernels.config import (
     weight_gradient_config,
 )
 from alexnet_triton.kernels.halo import Fold, Layout
-from torch import Tensor
 
 Pair = tuple[int, int]
 

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from alexnet_triton.kernels import launch
 from alexnet_triton.kernels.config import copy_config
-from torch import Tensor
 
 ROWS_MULTIPLE = 64
 """Rows between the two margins come in multiples of this: a weight gradient's steps need no mask."""

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from alexnet_triton.kernels.target import INTERPRETER, TARGETS, Target, cdiv, power_of_two
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+
+from alexnet_triton.kernels.target import INTERPRETER, TARGETS, Target, cdiv, power_of_two
 
 __all__ = ["TARGETS", "Target", "cdiv", "power_of_two"]
 

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from alexnet_triton.kernels import launch, random
 from alexnet_triton.kernels.config import LinearConfig, linear_config, strip_config
-from torch import Tensor
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from alexnet_triton.bench import cpu, memory, timing
 
 

@@ -15,9 +15,9 @@ import pytest
 triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+
 from alexnet_triton.kernels.launch import Launch  # noqa: E402
 from alexnet_triton.kernels.target import TARGETS  # noqa: E402
-
 from alexnet_triton.tuning import compiler  # noqa: E402
 
 # --- kernels ------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import pytest
 pytest.importorskip("triton")
 import test_compiler
 import torch
-from alexnet_triton.kernels.target import TARGETS
 
 from alexnet_triton import cli
+from alexnet_triton.kernels.target import TARGETS
 from alexnet_triton.tuning import inspect
 from alexnet_triton.tuning.compiler import Compiled, Loop
 from alexnet_triton.variants import VARIANTS

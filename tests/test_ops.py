@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from plain import error
 from torch.autograd import gradcheck, gradgradcheck
 
-from alexnet_triton import ops
+from alexnet_triton import ops, use_backend
 
 # AlexNet's five convolutions at batch 2 and a small size, and odd relatives of theirs.
 CONVS = [
@@ -20,6 +20,12 @@ CONVS = [
     ((3, 4, 5, 6), (16, 1, 2, 3), (2, 1), (1, 0), 4),
     ((1, 5, 1, 1), (7, 5, 1, 1), 3, 0, 1),
 ]
+
+
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
 
 
 def gradients(function, *tensors):
@@ -184,16 +190,15 @@ def test_dropout_at_its_ends():
     assert torch.equal(y, bias.expand(4, 3))
     y.sum().backward()
     assert x.grad.abs().max() == 0
-    assert torch.equal(ops.dropout_linear(x, weight, bias, p=0.0), F.linear(x, weight, bias))
-    assert torch.equal(ops.dropout_linear(x, weight, bias, p=0.7, training=False), F.linear(x, weight, bias))
+    for without in ({"p": 0.0}, {"p": 0.7, "training": False}):
+        assert error(ops.dropout_linear(x, weight, bias, **without), F.linear(x, weight, bias)) < 1e-6
 
 
-@pytest.mark.parametrize("seeds", [(1, 2)])
-def test_dropout_gradient_uses_the_mask_of_the_forward_pass(seeds):
+def test_dropout_gradient_uses_the_mask_of_the_forward_pass():
     x = torch.ones(16, 32, requires_grad=True)
-    torch.manual_seed(seeds[0])
+    torch.manual_seed(1)
     y = ops.dropout_linear(x, torch.eye(32), p=0.5)
-    torch.manual_seed(seeds[1])
+    torch.manual_seed(2)
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
 
@@ -247,9 +252,24 @@ def test_ops_are_differentiable_twice():
         (lambda x: ops.lrn_max_pool(x, 3, 0.9, 0.75, 2.0, lrn_groups=2), (d(1, 6, 5, 5),)),
         (lambda x, w, b: ops.dropout_linear(x, w, b, relu=True), (d(3, 4), d(5, 4), d(5))),
     ]
-    for function, inputs in cases:
-        assert gradcheck(function, inputs)
-        assert gradgradcheck(function, inputs)
+    with use_backend("reference"):
+        for function, inputs in cases:
+            assert gradcheck(function, inputs)
+            assert gradgradcheck(function, inputs)
+
+
+def test_a_second_derivative_on_triton_says_where_it_is_to_be_had():
+    cases = [
+        (ops.conv2d_relu, (torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3))),
+        (ops.lrn_max_pool, (torch.randn(1, 3, 5, 5),)),
+        (ops.dropout_linear, (torch.randn(2, 3), torch.randn(4, 3))),
+    ]
+    for op, tensors in cases:
+        x, *rest = (tensor.requires_grad_() for tensor in tensors)
+        with use_backend("triton"):
+            (grad,) = torch.autograd.grad(op(x, *rest).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"differentiated once.*use_backend\('reference'\)"):
+            grad.sum().backward()
 
 
 def test_autocast_lowers_matrix_products_and_keeps_the_norm_in_float32_inside():
@@ -260,7 +280,7 @@ def test_autocast_lowers_matrix_products_and_keeps_the_norm_in_float32_inside():
         logits = ops.dropout_linear(z.flatten(1), torch.randn(3, 72), relu=True)
     assert y.dtype == z.dtype == logits.dtype == torch.bfloat16
     expected = F.max_pool2d(F.local_response_norm(y.float(), 5), 3, 2)
-    assert error(z, expected) < 2**-8
+    assert error(z, expected) < 2**-7  # the interpreter cuts bfloat16 off where a GPU rounds
     logits.sum().backward()
     assert weight.grad.dtype == torch.float32
 

@@ -25,8 +25,12 @@ STOREYS = [
 ]
 
 
+TESTS_OWN = ("TRITON_INTERPRET", "ALEXNET_TRITON_BACKEND")
+"""Variables that the tests set for themselves, and a user has not."""
+
+
 def run(code, **environment):
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ALEXNET_TRITON_BACKEND")}
+    kept = {name: value for name, value in os.environ.items() if name not in TESTS_OWN}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**kept, **environment})
     assert result.returncode == 0, result.stderr

@@ -1,0 +1,48 @@
+"""What the kernels' tests share: the error that they are held to, poisoned outputs, AlexNet's own shapes."""
+
+from __future__ import annotations
+
+import torch
+
+from alexnet_triton.kernels import launch
+from alexnet_triton.variants import VARIANTS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
+"""Of `rms_error`. The interpreter cuts bfloat16 off where a GPU rounds, which doubles its error."""
+
+
+def rms_error(result, expected):
+    """RMS of the difference over RMS of the expected; infinite where one has a NaN that the other has not."""
+    result, expected = result.double(), expected.double()
+    assert result.shape == expected.shape
+    if not torch.equal(result.isnan(), expected.isnan()):
+        return float("inf")
+    difference, scale = (result - expected).nan_to_num().norm().item(), expected.nan_to_num().norm().item()
+    return difference / scale if scale else difference and float("inf")
+
+
+def poison(monkeypatch):
+    """Let every buffer that a kernel is to fill hold NaN (or 255) before, so that what it leaves out shows."""
+
+    def filled(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+
+    empty, empty_like = launch.empty, launch.empty_like
+    monkeypatch.setattr(launch, "empty", lambda *args, **options: filled(empty(*args, **options)))
+    monkeypatch.setattr(launch, "empty_like", lambda parameter: filled(empty_like(parameter)))
+
+
+def convolutions(variant):
+    """The five convolutions of a variant: (name, (C, H, W), (K, C / groups, R, S), stride, padding, groups)."""
+    spec = VARIANTS[variant]
+    k1, k2, k3, k4, k5 = spec.filters
+    g, size = spec.groups, spec.image_size
+    return [
+        ("conv1", (3, size, size), (k1, 3, 11, 11), 4, spec.padding, 1),
+        ("conv2", (k1, 27, 27), (k2, k1 // g, 5, 5), 1, 2, g),
+        ("conv3", (k2, 13, 13), (k3, k2, 3, 3), 1, 1, 1),
+        ("conv4", (k3, 13, 13), (k4, k3 // g, 3, 3), 1, 1, g),
+        ("conv5", (k4, 13, 13), (k5, k4 // g, 3, 3), 1, 1, g),
+    ]
