@@ -11,6 +11,7 @@ from pathlib import Path
 
 VARIANT_NAMES = ("merged", "paper", "torchvision", "caffe")
 INIT_NAMES = (*VARIANT_NAMES, "kaiming")
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.run(options) or 0
         sys.stdout.flush()
     except KeyboardInterrupt as error:
-        print(f"\nalexnet-triton: {error or 'stopped'}", file=sys.stderr)
+        print(f"\nalexnet-triton: {str(error) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,8 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="compile every kernel for a GPU that need not be here; check budgets")
     inspect.add_argument("--target", default="sm_90", metavar="NAME", help="as in sm_80, gfx942; default: %(default)s")
     inspect.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
-    dtypes = ("bfloat16", "float16", "float32")
-    inspect.add_argument("--dtype", choices=dtypes, default="bfloat16", help="default: %(default)s")
+    dtypes = (*SHORT_DTYPES, *SHORT_DTYPES.values())
+    names = f"{', '.join(SHORT_DTYPES)} or torch's names; default: %(default)s"
+    inspect.add_argument("--dtype", choices=dtypes, default="bfloat16", metavar="NAME", help=names)
     inspect.add_argument("--batch", type=_positive, default=128, metavar="N", help="images; default: %(default)s")
     inspect.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
     inspect.add_argument("--all", action="store_true", help="also copies, packed filters and sums of parts")
@@ -113,7 +115,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from alexnet_triton.tuning.inspect import run
 
     o = options
-    return run(o.target, o.variant, o.dtype, o.batch, o.layer, o.all, o.json)
+    return run(o.target, o.variant, SHORT_DTYPES.get(o.dtype, o.dtype), o.batch, o.layer, o.all, o.json)
 
 
 def _positive(text: str) -> int:

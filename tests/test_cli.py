@@ -59,6 +59,16 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(words, message, ca
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("words", "message"), [((), "stopped"), (("halfway",), "halfway")])
+def test_ctrl_c_is_one_sentence_and_exit_code_130(words, message, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt(*words)
+
+    monkeypatch.setattr("alexnet_triton.info.layer_table", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == f"\nalexnet-triton: {message}\n"
+
+
 def run(*words):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
 

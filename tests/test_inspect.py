@@ -221,10 +221,14 @@ def test_figures_of_a_row():
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_names_on_the_command_line():
-    parser = cli._parser()
-    for dtype in inspect.DTYPES:
-        assert parser.parse_args(["inspect", "--dtype", dtype]).dtype == dtype
+def test_names_of_dtypes_on_the_command_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr(inspect, "run", lambda target, variant, dtype, *rest: asked.append(dtype))
+    short = ("bf16", "fp16", "fp32")
+    for name in (*short, *inspect.DTYPES):
+        assert cli.main(["inspect", "--dtype", name]) == 0
+    assert asked == [*inspect.DTYPES, *inspect.DTYPES]
+    assert dict(zip(short, inspect.DTYPES, strict=True)) == cli.SHORT_DTYPES
 
 
 @pytest.mark.parametrize(
