@@ -30,6 +30,7 @@ from alexnet_triton.kernels.config import (
     weight_gradient_config,
 )
 from alexnet_triton.kernels.halo import Fold, Layout
+from alexnet_triton.kernels.launch import rounded
 
 Pair = tuple[int, int]
 
@@ -191,7 +192,7 @@ def pack_kernel(
     inside &= written & (r >= 0) & (r < window_h) & (s >= 0) & (s < window_w)
     at = k.to(tl.int64) * w_k + c.to(tl.int64) * w_c + r * w_r + s * w_s
     value = tl.load(weight + at, mask=inside, other=0.0)
-    tl.store(out + row.to(tl.int64) * columns + column, value, mask=written)
+    tl.store(out + row.to(tl.int64) * columns + column, rounded(value, out), mask=written)
 
 
 def pack(weight: Tensor, conv: Convolution, dtype: torch.dtype, turned: bool = False) -> Tensor:
@@ -250,7 +251,7 @@ def _store_tile(
         written = (row < rows)[:, None] & real
     else:
         written = inside[:, None] & real
-    tl.store(y + row[:, None] * columns + column, sums.to(y.dtype.element_ty), mask=written)
+    tl.store(y + row[:, None] * columns + column, rounded(sums, y), mask=written)
 
 
 @triton.jit
@@ -570,14 +571,14 @@ def add_splits_kernel(
             total += tl.load(part, mask=written, other=0.0)
             part += split_size
         at = (group * filters + k).to(tl.int64) * w_k + c.to(tl.int64) * w_c + r * w_r + s * w_s
-        tl.store(dw + at, total.to(dw.dtype.element_ty), mask=written)
+        tl.store(dw + at, rounded(total, dw), mask=written)
     else:
         filter_ = (pid - filter_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
         real = filter_ < groups * filters
         sums = tl.zeros((BLOCK_K,), tl.float32)
         for split in range(splits):
             sums += tl.load(bias_partial + split * groups * filters + filter_, mask=real, other=0.0)
-        tl.store(db + filter_, sums.to(db.dtype.element_ty), mask=real)
+        tl.store(db + filter_, rounded(sums, db), mask=real)
 
 
 def weight_gradient(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from alexnet_triton.kernels import launch
 from alexnet_triton.kernels.config import copy_config
+from alexnet_triton.kernels.launch import rounded
 
 ROWS_MULTIPLE = 64
 """Rows between the two margins come in multiples of this: a weight gradient's steps need no mask."""
@@ -158,7 +159,7 @@ def enter_kernel(
         at = n * gate_n + c * gate_c + source_row * gate_h + source_column * gate_w
         value = tl.where(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32) <= 0, 0.0, value)
     at = row.to(tl.int64)[:, None] * channels + column[None, :]
-    tl.store(out + at, value, mask=(row < rows)[:, None] & (column < channels)[None, :])
+    tl.store(out + at, rounded(value, out), mask=(row < rows)[:, None] & (column < channels)[None, :])
 
 
 def enter(
@@ -221,7 +222,7 @@ def leave_kernel(
     at = n * x_n + column * x_c + (from_h.to(tl.int64) * x_h + from_w.to(tl.int64) * x_w)[:, None]
     value = tl.load(x + at, mask=written & held[:, None], other=0.0)
     at = n * out_n + c.to(tl.int64) * out_c + (h.to(tl.int64) * out_h + w.to(tl.int64) * out_w)[:, None]
-    tl.store(out + at, value, mask=written)
+    tl.store(out + at, rounded(value, out), mask=written)
 
 
 def leave(x: Tensor, out: Tensor, fold: Fold) -> Tensor:

@@ -46,6 +46,22 @@ if INTERPRETED and not isinstance(tl.zeros, InterpretedFunction):
         "set it in the environment before Python starts, or before anything imports triton"
     )
 
+ROUNDS_BY_HAND = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def rounded(value, pointer):
+    """`value` in the dtype that `pointer` points to, rounded to the nearest, ties to even.
+
+    A GPU's conversion does that by itself; the interpreter's cuts bfloat16 off.
+    """
+    if ROUNDS_BY_HAND and pointer.dtype.element_ty == tl.bfloat16 and value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536  # the upper half: bfloat16's bits
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(pointer.dtype.element_ty)
+
+
 _recording: ContextVar[tuple[Target, list[Launch]] | None] = ContextVar("alexnet_triton_recording", default=None)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from alexnet_triton.kernels import launch, random
 from alexnet_triton.kernels.config import LinearConfig, linear_config, strip_config
+from alexnet_triton.kernels.launch import rounded
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -53,7 +54,7 @@ def drop_kernel(
         # A product, not a selection: as in torch, a NaN or an infinity that is dropped becomes NaN.
         value = value.to(tl.float32) * tl.where(kept, scale, 0.0)
     written = (m < rows)[:, None] & (n < pitch)[None, :]
-    tl.store(out + m[:, None] * pitch + n[None, :], value.to(out.dtype.element_ty), mask=written)
+    tl.store(out + m[:, None] * pitch + n[None, :], rounded(value, out), mask=written)
 
 
 def drop(x: Tensor, seed: Tensor | None, p: float, multiple: int) -> Tensor:
@@ -112,9 +113,9 @@ def gate_kernel(
             total += value.to(tl.float32)
         if out is not None:
             written = (m < rows_padded)[:, None] & (n < pitch)[None, :]
-            tl.store(out + m[:, None] * pitch + n[None, :], value.to(out.dtype.element_ty), mask=written)
+            tl.store(out + m[:, None] * pitch + n[None, :], rounded(value, out), mask=written)
     if bias_grad is not None:
-        tl.store(bias_grad + n, tl.sum(total, 0).to(bias_grad.dtype.element_ty), mask=n < columns)
+        tl.store(bias_grad + n, rounded(tl.sum(total, 0), bias_grad), mask=n < columns)
 
 
 def gate(grad: Tensor, y: Tensor | None, out: Tensor | None, bias_grad: Tensor | None) -> None:
@@ -198,7 +199,7 @@ def gemm_kernel(
     m = m.to(tl.int64)
     sums = _finish(sums, m, first_n, n, bias, bias_n, seed, rows, columns, dropped, scale, RELU, QUADS, BLOCK_N)
     at = split.to(tl.int64) * out_split + m[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(out + at, sums.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
+    tl.store(out + at, rounded(sums, out), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def reduce_kernel(
         sums += tl.load(at, mask=summed, other=0.0)
     sums = _finish(sums, m, first_n, n, bias, bias_n, seed, rows, columns, dropped, scale, RELU, QUADS, BLOCK_N)
     at = out + m[:, None] * out_m + n.to(tl.int64)[None, :] * out_n
-    tl.store(at, sums.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
+    tl.store(at, rounded(sums, out), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
 def gemm(

@@ -32,6 +32,7 @@ from torch import Tensor
 from alexnet_triton.kernels import launch
 from alexnet_triton.kernels.config import NormPoolConfig, norm_pool_config
 from alexnet_triton.kernels.halo import Layout
+from alexnet_triton.kernels.launch import rounded
 
 Pair = tuple[int, int]
 
@@ -123,7 +124,7 @@ def _store(pointer, lanes, mask, LANES: tl.constexpr, VECTOR: tl.constexpr):
                     joined += (tl.reshape(pair, (BLOCK, 2 << level)),)
                 parts = joined
         offset = first + tl.arange(0, VECTOR)
-        tl.store(pointer[:, None] + offset[None, :], parts[0].to(pointer.dtype.element_ty), mask=mask[:, None])
+        tl.store(pointer[:, None] + offset[None, :], rounded(parts[0], pointer), mask=mask[:, None])
 
 
 # --- the formula --------------------------------------------------------------------------------------------

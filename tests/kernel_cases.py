@@ -9,8 +9,8 @@ from alexnet_triton.variants import VARIANTS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
-"""Of `rms_error`. The interpreter cuts bfloat16 off where a GPU rounds, which doubles its error."""
+LIMITS = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+"""Of `rms_error`, for one kernel: rounding an answer once makes 2e-4 and 1.7e-3 of it."""
 
 
 def rms_error(result, expected):
