@@ -78,7 +78,9 @@ def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, g
     block_k, extra_k = _width(target, filters, 64 if full else 128)
     block_crs = 32 if full else 64
     block_npq = 64 if full or pixels <= 4096 else 128
-    warps = 8 if block_npq * (block_k + extra_k) >= 128 * 128 else 4
+    # Where shared memory holds one program alone, all warps must be its own; and at four 128x64 spills on sm_120.
+    alone = target.backend == "cuda" and target.shared_memory < 128 << 10
+    warps = 8 if block_npq * (block_k + extra_k) >= 128 * (64 if alone else 128) else 4
     stages = _stages(target, dtype, (block_npq + block_k + extra_k) * block_crs)
     return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages)
 
@@ -91,13 +93,15 @@ def weight_gradient_config(
         block_k = max(16, min(1024, power_of_two(filters)))
         return WeightGradientConfig(_rows(reduction, block_k), block_k, 0, 64, 1, 4, 1)
     full = dtype == torch.float32
-    block_k, extra_k = _width(target, filters, 64 if full else 128)
+    reads_shared = target.backend == "hip" or _products_read_shared_memory(target)
+    # Where operands are turned in registers, a narrow tile turns more for each product, and 128x64 spills.
+    block_k, extra_k = _width(target, filters, 64 if full else 128, prefers_extra=not (full or reads_shared))
     block_crs = 64 if full else 128
-    block_npq = 32 if full else 64
+    # In float32 four warps on NVIDIA's side spill at 32 rows; on AMD's, twice as many threads need them for wide loads.
+    block_npq = 64 if not full else 16 if target.backend == "cuda" else 32
     tiles = cdiv(reduction, block_crs) * cdiv(filters, block_k + extra_k) * groups
     splits = max(1, min(2 * target.multiprocessors // tiles, steps // 4))
-    # Before Hopper a turned operand goes through registers, and four warps spill.
-    reads_shared = target.backend != "cuda" or int(target.arch) >= 90
+    # A turned operand that goes through registers lets four warps spill.
     warps = 4 if reads_shared and block_crs * (block_k + extra_k) < 128 * 128 else 8
     stages = min(4 if reads_shared else 3, _stages(target, dtype, block_npq * (block_crs + block_k + extra_k)))
     return WeightGradientConfig(block_crs, block_k, extra_k, block_npq, splits, warps, stages)
@@ -112,21 +116,26 @@ def _rows(rows: int, columns: int) -> int:
     return max(16, min(power_of_two(rows), LARGEST_TILE // columns))
 
 
-def _width(target: Target, columns: int, most: int) -> tuple[int, int]:
+def _products_read_shared_memory(target: Target) -> bool:
+    """Whether the tensor cores read their operands there: Hopper's and the data centre's Blackwell, not sm_120."""
+    return target.backend == "cuda" and 90 <= int(target.arch) < 120
+
+
+def _width(target: Target, columns: int, most: int, prefers_extra: bool = False) -> tuple[int, int]:
     """The widest (block, extra) that wastes the fewest columns, its block at most `most`.
 
     Narrow parts cost more instructions than the columns they save: on sm_90 a step of 128x(32 + 16) has 157, one of
-    128x64 has 114. Hopper's and later tensor cores read their operands from shared memory and leave registers for an
-    extra part; before them a block of 128 has no room for one, and one of 64 takes it only where it saves columns.
+    128x64 has 114. Tensor cores that read their operands from shared memory leave registers for an extra part; without
+    them a block of 128 has no room for one, and one of 64 takes it where it saves columns or where `prefers_extra`.
     """
-    roomy = target.backend == "cuda" and int(target.arch) >= 90
+    roomy = _products_read_shared_memory(target)
     least = min(64, max(16, power_of_two(columns)))
     choices = [(128, 64), (64, 32)] if roomy else [(64, 32)]
     choices += [(block, 0) for block in (128, 64, 32, 16)]
 
     def waste(choice: tuple[int, int]) -> tuple[int, bool, int]:
         width = sum(choice)
-        return cdiv(columns, width) * width, not roomy and choice[1] > 0, -width
+        return cdiv(columns, width) * width, not (roomy or prefers_extra) and choice[1] > 0, -width
 
     return min((choice for choice in choices if least <= choice[0] <= most), key=waste)
 
@@ -190,7 +199,8 @@ def linear_config(
     if hopper and wide and dtype.itemsize == 2 and rows > 256 and reduction >= 512:
         # Arithmetic limits, and a wide tile asks L2 for three quarters of the bytes; if there are tiles enough.
         block_n = 256 if cdiv(rows, 128) * cdiv(columns, 256) >= 0.9 * target.multiprocessors else block_n
-    warps = 8 if exact or block_m * block_n >= 128 * 128 else 4
+    # AMD's warps have twice the threads: eight of them would load such short steps in 8 bytes each.
+    warps = 8 if (exact and target.backend == "cuda") or block_m * block_n >= 128 * 128 else 4
     # Where registers allow it, two programs to a multiprocessor: one's epilogue hides behind the other's loads.
     share = 1 if block_n == 256 or (block_m * block_n >= 128 * 128 and target.backend == "cuda" and not hopper) else 2
     half = target._replace(shared_memory=target.shared_memory // share)
