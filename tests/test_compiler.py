@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 
 import pytest
 
@@ -16,9 +18,10 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from alexnet_triton import cli  # noqa: E402
 from alexnet_triton.kernels.launch import Launch  # noqa: E402
 from alexnet_triton.kernels.target import TARGETS  # noqa: E402
-from alexnet_triton.tuning import compiler  # noqa: E402
+from alexnet_triton.tuning import compiler, inspect  # noqa: E402
 
 # --- kernels ------------------------------------------------------------------------------------------------
 
@@ -172,6 +175,26 @@ def plain_listing(launch):
     return [i.opcode for i in compiler.main_loop(compiler.parse_sass(compiler._tool("cuobjdump", "-sass", path)))]
 
 
+def commands():
+    """Exit code and output of `alexnet-triton inspect`, were these kernels a network's."""
+    launches = {
+        "good": gemm(),
+        "spilling": spilling("sm_90"),
+        "narrow": gemm(pitch=4095),
+        "without tensor cores": fma(),
+        "refused": gemm(maxnreg=64),
+    }
+    fma_kernel.__name__ = "gemm_kernel"  # a product by its name
+    results = {}
+    for name, launch in launches.items():
+        made = [inspect.LayerLaunch("fc6", "forward", launch)]
+        inspect.launches = lambda variant, dtype, batch, target, made=made: made
+        with redirect_stdout(StringIO()) as out:
+            code = cli.main(["inspect"])
+        results[name] = [code, out.getvalue()]
+    return results
+
+
 def report():
     out = {}
     for target, names in TARGETS_CASES.items():
@@ -198,6 +221,7 @@ def report():
     out["failures"] = [f"{type(error).__name__}: {error}" for error in (wrong, refused)]
     out["one object"] = once is twice
     out["listing"] = plain_listing(gemm())
+    out["command"] = commands()
     return out
 
 
