@@ -2,7 +2,8 @@
 
 Registered this way, torch.compile, torch.export, fake tensors, functionalisation and CUDA graphs see two operators and
 their gradients, without looking into them. They are registered on the dispatcher itself rather than by
-`torch.library.custom_op`, whose bookkeeping costs an eager call more than the operator's own.
+`torch.library.custom_op`, whose bookkeeping costs an eager call more than the operator's own; and where nobody
+watches (no compiler, no dispatch mode, no autocast) an eager call does not pass the dispatcher at all.
 
 Gradients are defined once: differentiating a gradient raises, where `alexnet_triton.reference` would do it.
 """
@@ -58,8 +59,11 @@ def map_chain(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], 
         stages: the chain, whose shapes fit.
         channels_last: give a channels-last answer, and such a gradient of `x`.
     """
-    whole, real = stages_of.encode(stages)
-    return _map_chain(x, parameters, whole, real, False, channels_last)[0]
+    if not _is_plain(x):
+        return _map_chain(x, parameters, *stages_of.encode(stages), False, channels_last)[0]
+    if _tracked(x, *parameters):
+        return _MapChain.apply(x, tuple(stages), channels_last, *parameters)
+    return _run_stages(x, parameters, tuple(stages), False, channels_last)[0]
 
 
 def dropout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, relu: bool) -> Tensor:
@@ -78,8 +82,23 @@ def dropout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, rel
 
     seed = random.seed(x.device) if p else None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y = _dropout_linear(rows, weight, bias, seed, p, relu)
+    if not _is_plain(x):
+        y = _dropout_linear(rows, weight, bias, seed, p, relu)
+    elif _tracked(x, weight, bias):
+        y = _DropoutLinear.apply(rows, weight, bias, seed, p, relu)
+    else:
+        y = _run_dropout_linear(rows, weight, bias, seed, p, relu)
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches what runs: then calls go past the dispatcher, which costs more than all the rest."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 # --- the operators ------------------------------------------------------------------------------------------
@@ -110,29 +129,42 @@ def on_device(x: Tensor) -> Any:
     return nullcontext()
 
 
-def _run_map_chain(
-    x: Tensor, parameters: list[Tensor], stages: list[int], norms: list[float], save: bool, channels_last: bool
+def _run_stages(
+    x: Tensor, parameters: Sequence[Tensor], stages: tuple[Stage, ...], save: bool, channels_last: bool
 ) -> tuple[Tensor, list[Tensor]]:
     with on_device(x):
         from alexnet_triton import chain
 
-        plan = _stages(tuple(stages), tuple(norms))
         if x.shape[0] == 0:
-            return _fake_map_chain(x, parameters, stages, norms, save, channels_last)
-        return chain.forward(x, parameters, plan, save, channels_last)
+            size, saved = chain.like(x, parameters, stages, save)
+            return _in_format(x, size, channels_last), saved
+        return chain.forward(x, parameters, stages, save, channels_last)
 
 
-def _run_map_chain_backward(
-    grad: Tensor, x: Tensor, out: Tensor, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
-    norms: list[float], needs: list[bool], channels_last: bool,
+def _run_map_chain(
+    x: Tensor, parameters: list[Tensor], stages: list[int], norms: list[float], save: bool, channels_last: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return _run_stages(x, parameters, _stages(tuple(stages), tuple(norms)), save, channels_last)
+
+
+def _run_stages_backward(
+    grad: Tensor, x: Tensor, out: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor],
+    stages: tuple[Stage, ...], needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     with on_device(x):
         from alexnet_triton import chain
 
         if x.shape[0] == 0:
             return [torch.zeros_like(t) for t, needed in zip((x, *parameters), needs, strict=True) if needed]
-        plan = _stages(tuple(stages), tuple(norms))
-        return chain.backward(grad, x, out, saved, parameters, plan, needs, channels_last)
+        return chain.backward(grad, x, out, saved, parameters, stages, needs, channels_last)
+
+
+def _run_map_chain_backward(
+    grad: Tensor, x: Tensor, out: Tensor, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
+    norms: list[float], needs: list[bool], channels_last: bool,
+) -> list[Tensor]:  # fmt: skip
+    decoded = _stages(tuple(stages), tuple(norms))
+    return _run_stages_backward(grad, x, out, saved, parameters, decoded, needs, channels_last)
 
 
 def _run_dropout_linear(
@@ -204,23 +236,31 @@ def _fake_dropout_linear_backward(
 
 class _MapChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stages: Any, norms: Any, channels_last: bool, *parameters: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, saved = _map_chain(x, parameters, stages, norms, True, channels_last)
+    def forward(ctx: Any, x: Tensor, stages: tuple[Stage, ...], channels_last: bool, *parameters: Tensor) -> Tensor:
+        if _is_plain(x):
+            out, saved = _run_stages(x, parameters, stages, True, channels_last)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, saved = _map_chain(x, parameters, *stages_of.encode(stages), True, channels_last)
         ctx.save_for_backward(x, out, *saved, *parameters)
-        ctx.rest = stages, norms, channels_last, len(parameters)
+        ctx.rest = stages, channels_last, len(parameters)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        stages, norms, channels_last, count = ctx.rest
+        stages, channels_last, count = ctx.rest
         x, out, *tensors = ctx.saved_tensors
         saved, parameters = tensors[: len(tensors) - count], tensors[len(tensors) - count :]
         wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[4:]]
-        found = iter(_map_chain_backward(grad, x, out, saved, parameters, stages, norms, needs, channels_last))
-        gradients = [next(found) if needed else None for needed in needs]
-        return gradients[0], None, None, None, *gradients[1:]
+        needs = [wanted[0], *wanted[3:]]
+        if _is_plain(x) and not torch.is_grad_enabled():
+            gradients = _run_stages_backward(grad, x, out, saved, parameters, stages, needs, channels_last)
+        else:
+            whole, real = stages_of.encode(stages)
+            gradients = _map_chain_backward(grad, x, out, saved, parameters, whole, real, needs, channels_last)
+        found = iter(gradients)
+        dx, *rest = [next(found) if needed else None for needed in needs]
+        return dx, None, None, *rest
 
 
 class _DropoutLinear(torch.autograd.Function):
@@ -228,8 +268,11 @@ class _DropoutLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
     ) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            y = _dropout_linear(x, weight, bias, seed, p, relu)
+        if _is_plain(x):
+            y = _run_dropout_linear(x, weight, bias, seed, p, relu)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y = _dropout_linear(x, weight, bias, seed, p, relu)
         ctx.save_for_backward(x, weight, bias, y, seed)
         ctx.rest = p, relu
         return y
@@ -238,7 +281,10 @@ class _DropoutLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, y, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        found = iter(_dropout_linear_backward(grad, x, weight, bias, y, seed, *ctx.rest, needs))
+        run = _dropout_linear_backward
+        if _is_plain(x) and not torch.is_grad_enabled():
+            run = _run_dropout_linear_backward
+        found = iter(run(grad, x, weight, bias, y, seed, *ctx.rest, needs))
         return *(next(found) if needed else None for needed in needs), None, None, None
 
 
@@ -267,7 +313,7 @@ def _autograd_map_chain(
     x: Tensor, parameters: list[Tensor], stages: list[int], norms: list[float], save: bool, channels_last: bool
 ) -> tuple[Tensor, list[Tensor]]:
     if _tracked(x, *parameters):
-        return _MapChain.apply(x, stages, norms, channels_last, *parameters), []
+        return _MapChain.apply(x, _stages(tuple(stages), tuple(norms)), channels_last, *parameters), []
     with torch._C._AutoDispatchBelowAutograd():
         return _map_chain(x, parameters, stages, norms, save, channels_last)
 

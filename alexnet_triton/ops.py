@@ -62,7 +62,8 @@ def conv2d_relu(
     stage.out_size(x.shape, weight.shape, None if bias is None else bias.shape)
     _check_tensors("conv2d_relu", x, weight, bias)
     if takes_triton("conv2d_relu", x):
-        return map_chain(x, [(stage, weight, bias)])
+        channels_last = is_channels_last(x) or is_channels_last(weight)
+        return library.map_chain(x, [weight] if bias is None else [weight, bias], (stage,), channels_last)
     return reference.conv2d_relu(x, weight, bias, stride, padding, groups, relu)
 
 
@@ -112,7 +113,7 @@ def lrn_max_pool(
     stage.out_size(x.shape)
     _check_tensors("lrn_max_pool", x)
     if takes_triton("lrn_max_pool", x):
-        return map_chain(x, [(stage, None, None)])
+        return library.map_chain(x, [], (stage,), is_channels_last(x))
     return reference.lrn_max_pool(x, size, alpha, beta, k, window, stride, padding, ceil_mode, lrn_groups)
 
 
@@ -159,13 +160,12 @@ def dropout_linear(
     return run(x, weight, bias, p if training else 0.0, relu)
 
 
-def map_chain(x: Tensor, runs: Sequence[Run], channels_last: bool | None = None) -> Tensor:
+def map_chain(x: Tensor, runs: Sequence[Run]) -> Tensor:
     """Convolutions and poolings that follow one another, on the Triton kernels, without a copy between them.
 
     Args:
         x: images or feature maps, (N, C, H, W).
         runs: for each, what it is told, and the filters and bias of a convolution.
-        channels_last: give a channels-last answer; None does as torch's convolutions do: where `x` or filters are.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -182,8 +182,7 @@ def map_chain(x: Tensor, runs: Sequence[Run], channels_last: bool | None = None)
         else:
             size = stage.out_size(size)
             _check_tensors("lrn_max_pool", x)
-    if channels_last is None:
-        channels_last = any(is_channels_last(t) for t in (x, *parameters) if t.dim() == 4)
+    channels_last = any(is_channels_last(t) for t in (x, *parameters) if t.dim() == 4)
     return library.map_chain(x, parameters, [stage for stage, _, _ in runs], channels_last)
 
 
@@ -216,14 +215,14 @@ def is_channels_last(x: Tensor) -> bool:
 
     The rule of `is_channels_last_strides_2d` in c10/core/MemoryFormat.h, where a size of 1 proves nothing.
     """
-    least = 0
-    if x.stride(1) == 0:
+    least, sizes, strides = 0, x.shape, x.stride()
+    if strides[1] == 0:
         return False
     for axis in (1, 3, 2, 0):
-        size, stride = x.shape[axis], x.stride(axis)
+        size, stride = sizes[axis], strides[axis]
         if size == 0 or stride < least:
             return False
-        if axis == 0 and least == x.stride(1):
+        if axis == 0 and least == strides[1]:
             return False
         least = stride * max(size, 1)
     return True
