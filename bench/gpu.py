@@ -1,0 +1,518 @@
+"""Everything that a GPU is needed for, in one command: checks of the kernels, and a first table of times.
+
+The parts run one after the other, each in a process of its own, so that a fault or a hang in one takes nothing from the
+others. Every result is a line of `gpu.jsonl`, written in one piece as soon as it is there. What a part's seconds do
+not suffice for, and what the machine lacks, is written down as skipped, by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import faulthandler
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from alexnet_triton.backend import TRITON_INSTALLED, interpreting
+from alexnet_triton.bench import checks, gpu_times
+from alexnet_triton.bench.checks import Absent, Measure, Scale
+from alexnet_triton.bench.timing import machine
+from alexnet_triton.variants import VARIANTS
+
+BUDGET = 500.0
+"""Seconds of all parts together, at which each part has its own."""
+
+RESULTS = "gpu.jsonl"
+
+LOST = 3
+"""Exit code of a part's process whose device has failed for good, with the failure written down."""
+
+Check = Callable[[], "Sequence[Measure] | dict[str, Any]"]
+
+
+class Run(NamedTuple):
+    """What a part is told."""
+
+    device: torch.device
+    scale: Scale
+    seconds: float
+    out: Path
+
+
+# --- results ----------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """A file of results, one JSON object a line, that whatever ends the run leaves whole.
+
+    Args:
+        path: of the file; lines are added to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._running = path.with_suffix(".running")
+
+    def write(self, part: str, case: str, status: str, **values: Any) -> None:
+        """Add a result.
+
+        Args:
+            part: name of the part.
+            case: what was done.
+            status: `"passed"`, `"failed"`, `"skipped"`, or `"noted"` for figures that are not checked.
+            **values: what was found.
+        """
+        row = {"part": part, "case": case, "status": status, **values, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        line = (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)  # one call, so that a line is there or is not
+        finally:
+            os.close(descriptor)
+        text = f": {values['why']}" if "why" in values else ""
+        print(f"{status:8}{part}: {case}{text}", flush=True)
+
+    def begin(self, part: str, case: str) -> None:
+        """Note what is being done, for whoever finds the process dead."""
+        self._running.write_text(json.dumps([part, case]))
+
+    def in_flight(self, part: str) -> str | None:
+        """The case of `part` that was begun last and has no result."""
+        try:
+            of, case = json.loads(self._running.read_text())
+        except (OSError, ValueError):
+            return None
+        return case if of == part and case not in self.done(part) else None
+
+    def done(self, part: str) -> set[str]:
+        """The cases of `part` that have a result."""
+        return {row["case"] for row in self.rows() if row["part"] == part}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results so far."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def _plain(value: Any) -> Any:
+    """With numbers that JSON has not as words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def run_cases(report: Report, part: str, cases: Iterable[tuple[str, Check]], run: Run) -> int:
+    """Make the checks of a part, and write down each result, that of a check that raises too.
+
+    Args:
+        report: where results go; cases that it has are not made again.
+        part: name of the part.
+        cases: the checks by name.
+        run: the device, and the seconds within which the last check must have begun.
+
+    Returns:
+        Exit code: 0, 1 if a check failed, `LOST` if the device went with it.
+    """
+    end = time.monotonic() + run.seconds
+    done = report.done(part)
+    code = 0
+    for name, check in cases:
+        if name in done:
+            continue
+        start = time.monotonic()
+        if start > end:
+            report.write(part, name, "skipped", why="no time was left")
+            continue
+        report.begin(part, name)
+        try:
+            found = check()
+        except Absent as absent:
+            report.write(part, name, "skipped", why=f"absent: {absent}")
+            continue
+        except Exception as error:  # whatever it is, it is this check's result, and others follow
+            code = 1
+            why = f"{type(error).__name__}: {error}"[:2000]
+            report.write(part, name, "failed", why=why, seconds=round(time.monotonic() - start, 3))
+            if not _device_answers(run.device):
+                return LOST
+            continue
+        seconds = round(time.monotonic() - start, 3)
+        if isinstance(found, dict):
+            report.write(part, name, "noted", **found, seconds=seconds)
+            continue
+        broken = [m for m in found if not m.holds]
+        values: dict[str, Any] = {"measures": {m.name: [m.value, m.limit] for m in found}, "seconds": seconds}
+        status = "failed" if broken or not found else "passed"
+        if status == "failed":
+            code = 1
+            words = [f"{m.name} is {m.value:.3g}, the limit {m.limit:.3g}" for m in broken]
+            values["why"] = "; ".join(words) or "nothing was measured"
+        report.write(part, name, status, **values)
+    return code
+
+
+def _device_answers(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+# --- parts ------------------------------------------------------------------------------------------------------
+
+
+def _machine(run: Run) -> Iterator[tuple[str, Check]]:
+    yield "machine", lambda: {**machine(run.device.type), **_versions(), **_card(run.device)}
+    yield "clocks", _clocks
+
+
+def _versions() -> dict[str, Any]:
+    from importlib import metadata
+
+    found: dict[str, Any] = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    if torch.backends.cudnn.is_available():
+        found["cudnn"] = torch.backends.cudnn.version()
+    for name in ("alexnet-triton", "triton", "torchvision", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {}
+    card = torch.cuda.get_device_properties(device)
+    return {
+        "cards": torch.cuda.device_count(),
+        "arch": f"gfx {card.gcnArchName}" if torch.version.hip else f"sm_{card.major}{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "memory": card.total_memory,
+    }
+
+
+QUERY = (
+    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",
+    "temperature.gpu", "mig.mode.current", "clocks_event_reasons.active",
+)  # fmt: skip
+
+
+def _clocks() -> dict[str, Any]:
+    """What `nvidia-smi` says of the first card's driver, clocks and power."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        raise Absent("nvidia-smi")
+    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    return dict(zip(QUERY, (cell.strip() for cell in answer.strip().split(",")), strict=False))
+
+
+def _compile(run: Run) -> Iterator[tuple[str, Check]]:
+    yield "kernels of every layer and network, into Triton's cache", partial(_compile_in_parallel, run)
+
+
+def _compile_in_parallel(run: Run) -> dict[str, Any]:
+    """Let several processes meet every kernel first: compiled one after another they would take minutes."""
+    if run.device.type != "cuda":
+        raise Absent("a compiler for the interpreter")
+    processes = max(1, min(8, (os.cpu_count() or 2) // 2))
+    command = [sys.executable, "-m", "alexnet_triton.bench.gpu", "--shard"]
+    rest = [f"--until={time.time() + run.seconds}", f"--out={run.out}", f"--device={run.device}"]
+    with tempfile.TemporaryFile("w+") as log:
+        started = [
+            subprocess.Popen([*command, f"{number}/{processes}", *rest], stdout=log, stderr=log)
+            for number in range(processes)
+        ]
+        end = time.monotonic() + run.seconds
+        try:
+            for process in started:
+                process.wait(max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for process in started:
+                process.kill()
+        codes = [process.wait() for process in started]
+        log.seek(0)
+        return {"processes": processes, "codes": codes, "log": log.read()[-1500:]}
+
+
+def compile_shard(run: Run, number: int, processes: int) -> None:
+    """Run every `processes`th layer and network once, from the `number`th on; what goes wrong shows in the checks."""
+    end = time.monotonic() + run.seconds
+    jobs: list[Callable[[], Any]] = [
+        partial(_meet_network, variant, dtype, run) for dtype in run.scale.dtypes[:2] for variant in VARIANTS
+    ]
+    jobs += [partial(_meet_layer, case, run) for case in checks.cases(run.scale)]
+    for job in jobs[number::processes]:
+        if time.monotonic() > end:
+            return
+        try:
+            job()
+        except Exception as error:
+            print(f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _meet_layer(case: checks.Case, run: Run) -> None:
+    case.layer.ours(*case.layer.draw(run.device, case.dtype))
+
+
+def _meet_network(variant: str, dtype: torch.dtype, run: Run) -> None:
+    model = checks.network(variant, run.scale, run.device, dtype, dropout=0.5)
+    checks.gradients(model, checks.images_for(variant, run.scale, run.device, dtype), "triton")
+
+
+def _networks(run: Run) -> Iterator[tuple[str, Check]]:
+    for dtype in run.scale.dtypes:
+        if dtype == torch.bfloat16 and run.device.type == "cpu":
+            continue  # the interpreter cuts bfloat16 off, which grows from layer to layer
+        for variant in VARIANTS:
+            name = f"{variant}, {_name(dtype)}, batch {run.scale.batches[0]}"
+            yield name, partial(checks.check_network, variant, run.scale, run.device, dtype)
+
+
+def _layers(run: Run) -> Iterator[tuple[str, Check]]:
+    wide = 9216 // run.scale.thin
+    for columns, p in ((wide, 0.5), (wide - 1, 0.3)):
+        rows = run.scale.batches[0]
+        yield f"mask of {rows} x {columns}, p={p}", partial(checks.check_mask, run.device, rows, columns, p)
+    for case in checks.cases(run.scale):
+        yield case.name, partial(checks.check_layer, case, run.device)
+
+
+def _repeats(run: Run) -> Iterator[tuple[str, Check]]:
+    for dtype in (torch.bfloat16, torch.float32):
+        for variant in VARIANTS:
+            name = f"two passes of {variant}, {_name(dtype)}"
+            yield name, partial(checks.check_repeats, variant, run.scale, run.device, dtype)
+
+
+def _large(run: Run) -> Iterator[tuple[str, Check]]:
+    for variant in ("paper", "torchvision"):
+        name = f"{variant}, bfloat16, conv1 past {run.scale.most_elements:,} elements"
+        yield name, partial(checks.check_large, variant, run.scale, run.device)
+
+
+def _second_gpu(run: Run) -> Iterator[tuple[str, Check]]:
+    yield "paper on cuda:1 while cuda:0 is current", partial(_check_second_gpu, run)
+
+
+def _check_second_gpu(run: Run) -> list[Measure]:
+    if run.device.type != "cuda" or torch.cuda.device_count() < 2:
+        raise Absent("a second GPU")
+    with torch.cuda.device(0):
+        return checks.check_other_device("paper", run.scale, torch.device("cuda:0"), torch.device("cuda:1"))
+
+
+def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
+    for variant in ("paper", "torchvision"):
+        yield f"inference of {variant}", partial(checks.check_inference_graph, variant, run.scale, run.device)
+        yield f"training step of {variant}", partial(checks.check_training_graph, variant, run.scale, run.device)
+
+
+def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:
+    yield "memcheck of a small op of each kind", partial(_memcheck, run)
+
+
+def _memcheck(run: Run) -> list[Measure]:
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if found is None:
+        raise Absent("compute-sanitizer, on PATH and under /usr/local/cuda/bin")
+    command = [found, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "alexnet_triton.bench.gpu"]
+    # Without torch's own cache of memory a buffer ends where the tool sees it end.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command += ["--small-run", f"--device={run.device}", f"--out={run.out}"]
+    with tempfile.TemporaryFile("w+") as log:
+        try:
+            code = subprocess.run(
+                command, stdout=log, stderr=log, timeout=max(1.0, run.seconds), env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"it was not ready after {run.seconds:.0f} s") from None
+        log.seek(0)
+        text = log.read()
+    if code:
+        raise RuntimeError(f"exit code {code}: {text[-1500:]}")
+    return [Measure("exit code", float(code), 0.0)]
+
+
+def _times(run: Run) -> Iterator[tuple[str, Check]]:
+    yield "clocks before", _clocks
+    yield from gpu_times.cases(run.scale, run.device)
+    yield "clocks after", _clocks
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Part(NamedTuple):
+    """A part of a run: seconds at the full budget, and its checks."""
+
+    seconds: float
+    cases: Callable[[Run], Iterator[tuple[str, Check]]]
+
+
+PARTS: dict[str, Part] = {
+    "machine": Part(15, _machine),
+    "compile": Part(110, _compile),
+    "networks": Part(50, _networks),
+    "layers": Part(100, _layers),
+    "repeats": Part(25, _repeats),
+    "times": Part(85, _times),
+    "graphs": Part(25, _graphs),
+    "large": Part(25, _large),
+    "second GPU": Part(15, _second_gpu),
+    "sanitizer": Part(50, _sanitizer),
+}
+"""In the order in which they run; their seconds are the budget's."""
+
+
+# --- the run ----------------------------------------------------------------------------------------------------
+
+
+def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: str = "cuda") -> int:
+    """Make all checks, write each result to `out/gpu.jsonl` as it comes, and print a summary.
+
+    Args:
+        out: folder of the results; made where it is missing. Results of an earlier run are replaced.
+        budget: seconds of all parts together; each part's share follows.
+        parts: names of those of `PARTS` to run; empty for all.
+        device: `"cuda"`; `"cpu"` is a dry run of small sizes in Triton's interpreter.
+
+    Returns:
+        0, or 1 if a check failed or a part did not come to its end.
+
+    Raises:
+        RuntimeError: there is no GPU, or Triton is missing, or the environment asks for its interpreter.
+        ValueError: an unknown part.
+    """
+    unknown = [name for name in parts if name not in PARTS]
+    if unknown:
+        raise ValueError(f"there is no part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    _check_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    report = Report(out / RESULTS)
+    report.path.unlink(missing_ok=True)
+    last = time.monotonic() + budget
+    for name in PARTS:
+        if not parts or name in parts:
+            end = time.monotonic() + PARTS[name].seconds * budget / BUDGET
+            _run_part(report, name, min(end, last), device)
+        else:
+            report.write(name, "the whole part", "skipped", why="it was not asked for")
+    print(summary(report.rows()))
+    print(f"written to {report.path}")
+    return int(any(row["status"] == "failed" for row in report.rows()))
+
+
+def _check_device(device: str) -> None:
+    if not TRITON_INSTALLED:
+        raise RuntimeError("bench gpu needs Triton, which is not installed")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise RuntimeError("bench gpu needs a GPU, and torch finds none on this machine")
+    if interpreting():
+        raise RuntimeError("bench gpu needs compiled kernels: unset TRITON_INTERPRET, which asks for the interpreter")
+
+
+GRACE = 10.0
+"""Seconds that a part has, beyond its own, for the check that is running."""
+
+STARTING = 20.0
+"""Seconds that a process may take to start and to end."""
+
+
+def _run_part(report: Report, name: str, end: float, device: str) -> None:
+    """Run a part in a process of its own, and again for what is left of it where a check ended the process.
+
+    `end` is a time of `time.monotonic`, until which the process's start counts too.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
+    while True:
+        left = end - time.monotonic()  # with none left the rest is written down as skipped
+        command = [sys.executable, "-m", "alexnet_triton.bench.gpu", "--part", name]
+        command += [f"--until={time.time() + left}", f"--out={report.path.parent}", f"--device={device}"]
+        process = subprocess.Popen(command, env=environment)
+        try:
+            code = process.wait(max(0.0, left) + GRACE + STARTING)
+        except subprocess.TimeoutExpired:
+            code = -9
+        finally:
+            process.kill()
+            process.wait()
+        guilty = report.in_flight(name)
+        if guilty is not None:
+            late = ", out of time" if time.monotonic() > end else ""
+            report.write(name, guilty, "failed", why=f"its process ended with code {code}{late}")
+        elif code != LOST:
+            if code not in (0, 1) or not report.done(name):
+                report.write(name, "the whole part", "failed", why=f"its process ended with code {code}")
+            return
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """What came of each part, what failed, and the times, as text."""
+    lines = []
+    for name in PARTS:
+        counts = collections.Counter(row["status"] for row in rows if row["part"] == name)
+        lines.append(f"{name:12}" + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
+    lines += [f"failed: {row['part']}: {row['case']}: {row['why']}" for row in rows if row["status"] == "failed"]
+    return "\n".join([*lines, *gpu_times.table(rows)])
+
+
+def _main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="One part of `alexnet-triton bench gpu`.")
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--shard", help="compile a share: NUMBER/PROCESSES")
+    parser.add_argument("--small-run", action="store_true")
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds since 1970")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    seconds = options.until - time.time()
+    run_ = Run(device, checks.FULL if device.type == "cuda" else checks.TINY, seconds, options.out)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    if options.small_run:
+        checks.small_run(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 0
+    # A kernel that never ends would keep the process for ever.
+    if math.isfinite(seconds):
+        faulthandler.dump_traceback_later(max(0.0, seconds) + GRACE, exit=True)
+    if options.shard:
+        number, processes = map(int, options.shard.split("/"))
+        compile_shard(run_, number, processes)
+        return 0
+    report = Report(options.out / RESULTS)
+    return run_cases(report, options.part, PARTS[options.part].cases(run_), run_)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
