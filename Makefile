@@ -3,6 +3,7 @@
 # make check  lint, format, types
 # make bench  this network beside torchvision's on this CPU
 # Each creates .venv and installs what it needs, once.
+# make gpu    check the kernels on this machine's GPU and time them, with the packages that $(PYTHON) has
 
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
@@ -10,7 +11,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # The tests build many large networks: blocks that malloc keeps are not fetched from the system again.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton demo --out demo-out
@@ -28,8 +29,13 @@ check: .venv/installed-dev
 bench: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton bench cpu --out bench-out
 
+gpu:
+	$(PYTHON) -c 'import alexnet_triton.bench' 2>/dev/null \
+		|| $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m alexnet_triton bench gpu
+
 clean:
-	rm -rf .venv build demo-out bench-out
+	rm -rf .venv build demo-out bench-out gpu-out
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }

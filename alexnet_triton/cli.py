@@ -17,7 +17,7 @@ SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0, 2 for what a user can mend, 130 after Ctrl-C.
 
-    `inspect` gives 1 where a budget is broken.
+    `inspect` gives 1 where a budget is broken, `bench gpu` where a check failed.
 
     Args:
         arguments: the words after the program's name; None takes the process's own.
@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
     cpu.add_argument("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     cpu.set_defaults(run=_bench_cpu)
+    gpu = benches.add_parser("gpu", help="check the kernels on the GPU and time them, in under nine minutes")
+    out = Path(os.environ.get("OUT") or "gpu-out")
+    gpu.add_argument("--out", type=Path, default=out, metavar="DIR", help="default: $OUT, else gpu-out")
+    gpu.add_argument("--budget", type=_positive_float, default=500.0, metavar="SECONDS", help="default: %(default)g")
+    gpu.add_argument("--parts", nargs="+", default=(), metavar="NAME", help="some parts alone; default: all")
+    gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small, interpreted")
+    gpu.set_defaults(run=_bench_gpu)
 
     inspect = commands.add_parser("inspect", help="compile every kernel for a GPU that need not be here; check budgets")
     inspect.add_argument("--target", default="sm_90", metavar="NAME", help="as in sm_80, gfx942; default: %(default)s")
@@ -109,6 +116,12 @@ def _bench_cpu(options: argparse.Namespace) -> None:
     from alexnet_triton.bench.cpu import run
 
     run(options.out, options.rounds)
+
+
+def _bench_gpu(options: argparse.Namespace) -> int:
+    from alexnet_triton.bench.gpu import run
+
+    return run(options.out, options.budget, options.parts, options.device)
 
 
 def _inspect(options: argparse.Namespace) -> int:
