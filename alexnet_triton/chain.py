@@ -91,7 +91,8 @@ _kept_plan = functools.lru_cache(maxsize=256)(plan)
 
 
 def _weight_sizes(parameters: Sequence[Tensor], stages: Sequence[Stage]) -> list[Size]:
-    at, sizes = 0, []
+    at = 0
+    sizes: list[Size] = []
     for stage in stages:
         if isinstance(stage, ConvStage):
             sizes.append(parameters[at].shape)

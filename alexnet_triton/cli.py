@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     cpu.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
     cpu.add_argument("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     cpu.set_defaults(run=_bench_cpu)
+    dispatch = benches.add_parser("dispatch", help="what a call of an op costs beside its kernels")
+    dispatch.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
+    dispatch.set_defaults(run=_bench_dispatch)
     gpu = benches.add_parser("gpu", help="check the kernels on the GPU and time them, in under nine minutes")
     out = Path(os.environ.get("OUT") or "gpu-out")
     gpu.add_argument("--out", type=Path, default=out, metavar="DIR", help="default: $OUT, else gpu-out")
@@ -116,6 +119,12 @@ def _bench_cpu(options: argparse.Namespace) -> None:
     from alexnet_triton.bench.cpu import run
 
     run(options.out, options.rounds)
+
+
+def _bench_dispatch(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.dispatch import run
+
+    run(options.out)
 
 
 def _bench_gpu(options: argparse.Namespace) -> int:

@@ -247,7 +247,7 @@ class _MapChain(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         stages, channels_last, count = ctx.rest
         x, out, *tensors = ctx.saved_tensors
         saved, parameters = tensors[: len(tensors) - count], tensors[len(tensors) - count :]
@@ -278,10 +278,10 @@ class _DropoutLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y, seed = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        run = _dropout_linear_backward
+        run: Any = _dropout_linear_backward
         if _is_plain(x) and not torch.is_grad_enabled():
             run = _run_dropout_linear_backward
         found = iter(run(grad, x, weight, bias, y, seed, *ctx.rest, needs))
@@ -298,7 +298,7 @@ class _Once(torch.autograd.Function):
             return tuple(operator(*arguments))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             f"{ctx.name} can be differentiated once on the Triton backend: use_backend('reference') has its second "
             "derivative"

@@ -1,5 +1,15 @@
 """Triton kernels, and nothing else: this package imports torch, triton and itself only.
 
-This version holds none yet: every op runs its plain-PyTorch meaning (`alexnet_triton.reference`).
-A kernel that arrives here is entered in `alexnet_triton.ops.KERNELS` under its op's name.
+| module      | kernels                                                                                          |
+|-------------|--------------------------------------------------------------------------------------------------|
+| `halo`      | the layout of feature maps, and the copies into it and out of it                                 |
+| `conv`      | convolution + bias + ReLU, its data gradient, its weight and bias gradients                      |
+| `norm_pool` | local response normalisation + max pooling, forward and backward                                 |
+| `linear`    | dropout + linear + bias + ReLU, and its gradients                                                |
+| `random`    | the Philox stream of dropout's masks                                                             |
+| `config`    | block sizes, warps and stages of each launch                                                     |
+| `target`    | what a configuration must know of a GPU                                                          |
+| `launch`    | the one door through which kernels are launched: here, on the interpreter, or for the record     |
+
+`alexnet_triton.chain` and `alexnet_triton.library` make operators of them.
 """

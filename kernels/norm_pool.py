@@ -17,9 +17,6 @@ Sums over channels are what costs. A thread holds a chunk of consecutive channel
 only the few that the window reaches are loaded again.
 """
 
-# In kernels a tuple grows under one name, which is not Python's idea of a tuple's type.
-# mypy: disable-error-code="assignment, misc, var-annotated"
-
 from __future__ import annotations
 
 import math

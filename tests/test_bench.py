@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_triton.bench import cpu, memory, timing
+from alexnet_triton import library
+from alexnet_triton.bench import cpu, dispatch, memory, timing
 
 
 def test_functions_are_timed_in_turn_and_the_first_round_does_not_count():
@@ -72,3 +73,14 @@ def test_the_readme_shows_the_committed_results():
     demo = json.loads((root / "bench" / "results" / "demo.json").read_text())
     assert f"{demo['accuracy']:.1%} of {demo['data']['held_out']} held-out digits" in readme
     assert f"{demo['history']['seconds']:.0f} s of training" in readme
+
+
+def test_dispatch_is_measured_without_kernels_and_leaves_them_in_place(tmp_path, monkeypatch, capsys):
+    before = library._run_stages, library._run_dropout_linear
+    monkeypatch.setattr(dispatch, "CALLS", 2)
+    dispatch.run(tmp_path, rounds=1)
+    rows = json.loads((tmp_path / "dispatch.json").read_text())["rows"]
+    assert len(rows) == 10
+    assert all(row["us"] > 0 for row in rows)
+    assert "conv2d_relu, recorded" in capsys.readouterr().out
+    assert (library._run_stages, library._run_dropout_linear) == before

@@ -121,7 +121,7 @@ def test_nan_reaches_the_pixels_that_see_it_and_no_others(stride):
 @pytest.mark.parametrize("same_rows", [True, False])
 def test_a_map_is_handed_on_with_its_border(same_rows):
     """In the layout of the next convolution, with its rows or with others."""
-    x, weight, bias, grad, shape = draw((2, 5, 6, 7), (16, 5, 3, 3), (1, 1), (1, 1), 1, torch.float32)
+    x, weight, bias, _, shape = draw((2, 5, 6, 7), (16, 5, 3, 3), (1, 1), (1, 1), 1, torch.float32)
     if same_rows:
         following = conv.convolution((2, 16, 6, 7), (8, 16, 3, 3), (1, 1), (1, 1), 1)
     else:
