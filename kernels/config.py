@@ -80,7 +80,9 @@ def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, g
     block_npq = 64 if full or pixels <= 4096 else 128
     # Where shared memory holds one program alone, all warps must be its own; and at four 128x64 spills on sm_120.
     alone = target.backend == "cuda" and target.shared_memory < 128 << 10
-    warps = 8 if block_npq * (block_k + extra_k) >= 128 * (64 if alone else 128) else 4
+    # Float32 operands in registers let four warps spill, at any tile.
+    crowded = full and target.backend == "cuda" and not _products_read_shared_memory(target)
+    warps = 8 if crowded or block_npq * (block_k + extra_k) >= 128 * (64 if alone else 128) else 4
     stages = _stages(target, dtype, (block_npq + block_k + extra_k) * block_crs)
     return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages)
 
