@@ -236,19 +236,27 @@ def run_compiled(*words, **environment):
     return subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True, timeout=900)
 
 
+def made_once(tmp_path_factory, name, make):
+    """The JSON that `make` gives, made by one of pytest-xdist's workers for all."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / f"{name}.json"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(make())
+        return json.loads(path.read_text())  # so nothing else was printed, by Triton neither
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share one report
-        folder = folder.parent
-    with open(folder / "compiled.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        path = folder / "compiled.json"
-        if not path.exists():
-            result = run_compiled(__file__, FOLDER=str(folder))
-            assert result.returncode == 0, result.stderr
-            path.write_text(result.stdout)
-        return json.loads(path.read_text())  # so nothing else was printed, by Triton neither
+    def make():
+        result = run_compiled(__file__, FOLDER=str(tmp_path_factory.mktemp("cubins")))
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return made_once(tmp_path_factory, "compiled", make)
 
 
 # --- figures of compiled kernels ----------------------------------------------------------------------------
