@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ CALLS, ROUNDS = 2_000, 9
 def run(out: Path, rounds: int = ROUNDS) -> None:
     """Time the ops on the Triton backend with the kernels left out, print a table and write `out`/dispatch.json.
 
-    In the place of the kernels' launches stands the allocation of their answers, so what is left is the host's work
-    before the first launch. Beside it, in the same run, torch's own ops on the same small tensors, which include
+    Twice: `us` with the allocation of the answers in the place of all that the kernels need, so that what is left is
+    checks, dispatch and autograd; `host_us` with all that the host does, layouts, buffers and arguments included, but
+    for Triton's own launches. Beside them, in the same run, torch's own ops on the same small tensors, which include
     their arithmetic.
 
     Args:
@@ -33,9 +35,12 @@ def run(out: Path, rounds: int = ROUNDS) -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # no kernel runs; the backend asks for it before it takes a CPU tensor
     torch.set_num_threads(1)
     rows = []
-    with use_backend("triton"), _without_kernels():
+    with use_backend("triton"), _without_launches():
         for name, call in tqdm(_calls().items(), desc="dispatch", leave=False):
-            rows.append({"call": name, "us": min(_time(call) for _ in range(rounds)) * 1e6})
+            host = min(_time(call) for _ in range(rounds)) * 1e6
+            with _without_kernels():
+                dispatch = min(_time(call) for _ in range(rounds)) * 1e6
+            rows.append({"call": name, "us": dispatch, "host_us": host})
     result = {**machine(), "calls": CALLS, "rounds": rounds, "rows": rows}
     out.mkdir(parents=True, exist_ok=True)
     (out / "dispatch.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -45,8 +50,24 @@ def run(out: Path, rounds: int = ROUNDS) -> None:
 def format_table(result: dict[str, Any]) -> str:
     """The rows of a result, one a line."""
     lines = [f"{result['device']}, torch {result['torch']}, {result['date']}"]
-    lines += [f"{row['call']:<48} {row['us']:>7.1f} us" for row in result["rows"]]
+    lines.append(f"{'us a call':<48} {'dispatch':>9} {'up to the launches':>19}")
+    lines += [f"{row['call']:<48} {row['us']:>9.1f} {row['host_us']:>19.1f}" for row in result["rows"]]
     return "\n".join(lines)
+
+
+@contextmanager
+def _without_launches() -> Iterator[None]:
+    """Within the block kernels are handed to nobody."""
+    from alexnet_triton.kernels import launch
+
+    def leave_out(kernel: Any, programs: int, **arguments: Any) -> None:
+        pass
+
+    kept, launch.launch = launch.launch, leave_out
+    try:
+        yield
+    finally:
+        launch.launch = kept
 
 
 class _without_kernels:

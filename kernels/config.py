@@ -7,6 +7,7 @@ time goes by programs and loop turns, so blocks are large there.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class CopyConfig:
     warps: int
 
 
+@functools.lru_cache(1024)
 def copy_config(target: Target, rows: int, channels: int) -> CopyConfig:
     """A tile for a matrix of `rows` by `channels`."""
     if target.backend == "cpu":
@@ -69,6 +71,7 @@ class WeightGradientConfig:
     stages: int
 
 
+@functools.lru_cache(1024)
 def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, groups: int) -> ConvConfig:
     """A config for a product of `pixels` by `filters` a group."""
     if target.backend == "cpu":
@@ -87,6 +90,7 @@ def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, g
     return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages)
 
 
+@functools.lru_cache(1024)
 def weight_gradient_config(
     target: Target, dtype: torch.dtype, filters: int, reduction: int, groups: int, steps: int
 ) -> WeightGradientConfig:
@@ -173,6 +177,7 @@ class StripConfig:
     warps: int
 
 
+@functools.lru_cache(1024)
 def linear_config(
     target: Target, dtype: torch.dtype, exact: bool, rows: int, columns: int, reduction: int, wide: bool = True
 ) -> LinearConfig:
@@ -215,6 +220,7 @@ def linear_config(
     return LinearConfig(block_m, block_n, block_k, splits, warps, stages)
 
 
+@functools.lru_cache(1024)
 def strip_config(target: Target, rows: int, columns: int, whole_columns: bool = False) -> StripConfig:
     """A tile for a matrix of `rows` by `columns`; `whole_columns` says that a program passes over all rows."""
     if target.backend == "cpu":
@@ -242,6 +248,7 @@ class NormPoolConfig:
     warps: int
 
 
+@functools.lru_cache(1024)
 def norm_pool_config(
     target: Target, dtype: torch.dtype, rows: int, channels: int, backward: bool = False
 ) -> NormPoolConfig:

@@ -14,6 +14,8 @@ both; `pack_kernel` lays the filters out for either. No loop masks a pixel: outs
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -46,8 +48,9 @@ def _padded(channels: int) -> int:
     return launch.cdiv(channels, CHANNELS_MULTIPLE) * CHANNELS_MULTIPLE
 
 
-class Convolution(NamedTuple):
-    """One convolution's shapes, with its stride folded away. Made by `convolution`."""
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution's shapes, with its stride folded away. Made by `convolution`, kept by a chain's plan."""
 
     images: int
     groups: int
@@ -73,61 +76,61 @@ class Convolution(NamedTuple):
     out_size: Pair
     """(P, Q)."""
 
-    @property
+    @functools.cached_property
     def folds(self) -> bool:
         """Whether the input must be folded, so that no kernel can hand it over in the layout."""
         return self.stride != (1, 1)
 
-    @property
+    @functools.cached_property
     def reads_plain_channels(self) -> bool:
         """Whether the input's layout holds the tensor's channels as they are, so that a kernel can hand it over."""
         return not self.folds and self.depth % CHANNELS_MULTIPLE == 0
 
-    @property
+    @functools.cached_property
     def takes_plain_gradients(self) -> bool:
         """The same of the output's gradient."""
         return self.filters % CHANNELS_MULTIPLE == 0
 
-    @property
+    @functools.cached_property
     def folded_depth(self) -> int:
         """Channels a group after folding."""
         return self.depth * self.block[0] * self.block[1]
 
-    @property
+    @functools.cached_property
     def reduction(self) -> int:
         """Length of the forward product's sum: a row of the packed filters."""
         return self.taps[0] * self.taps[1] * _padded(self.folded_depth)
 
-    @property
+    @functools.cached_property
     def fold(self) -> Fold:
         """How the input is brought in."""
         return Fold(self.groups, self.depth, self.block, self.stride, self.origin, _padded(self.folded_depth))
 
-    @property
+    @functools.cached_property
     def x_layout(self) -> Layout:
         """The layout in which the input is read."""
         return halo.for_convolution(
             self.images, self.groups * _padded(self.folded_depth), self.size, self.taps, self.padding, self.out_size
         )
 
-    @property
+    @functools.cached_property
     def dy_layout(self) -> Layout:
         """The layout in which the gradient of the output is read: row for row that of the input."""
         height, width = self.out_size
         channels = self.groups * _padded(self.filters)
         return self.x_layout._replace(height=height, width=width, channels=channels)
 
-    @property
+    @functools.cached_property
     def dy_fold(self) -> Fold:
         """How the gradient of the output is brought in."""
         return halo.no_fold(self.groups, self.groups * self.filters, _padded(self.filters))
 
-    @property
+    @functools.cached_property
     def y_dense(self) -> Layout:
         """The layout of the output as an NHWC tensor."""
         return halo.dense(self.images, self.groups * self.filters, *self.out_size)
 
-    @property
+    @functools.cached_property
     def dx_dense(self) -> Layout:
         """The layout of the input's gradient, still folded, as an NHWC tensor."""
         return halo.dense(self.images, self.groups * self.folded_depth, *self.size)

@@ -11,6 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["ALEXNET_TRITON_BACKEND"] = "reference"
 
+import kernel_cases
 import plain
 import pytest
 import torch
@@ -25,6 +26,11 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    kernel_cases.poison(monkeypatch)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 
 from alexnet_triton import library
 from alexnet_triton.bench import cpu, dispatch, memory, timing
+from alexnet_triton.kernels import launch
 
 
 def test_functions_are_timed_in_turn_and_the_first_round_does_not_count():
@@ -76,11 +77,11 @@ def test_the_readme_shows_the_committed_results():
 
 
 def test_dispatch_is_measured_without_kernels_and_leaves_them_in_place(tmp_path, monkeypatch, capsys):
-    before = library._run_stages, library._run_dropout_linear
+    before = library._run_stages, library._run_dropout_linear, launch.launch
     monkeypatch.setattr(dispatch, "CALLS", 2)
     dispatch.run(tmp_path, rounds=1)
     rows = json.loads((tmp_path / "dispatch.json").read_text())["rows"]
     assert len(rows) == 10
-    assert all(row["us"] > 0 for row in rows)
+    assert all(row["us"] > 0 and row["host_us"] > 0 for row in rows)
     assert "conv2d_relu, recorded" in capsys.readouterr().out
-    assert (library._run_stages, library._run_dropout_linear) == before
+    assert (library._run_stages, library._run_dropout_linear, launch.launch) == before

@@ -4,15 +4,10 @@ import kernel_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import DTYPES, LIMITS, rms_error
+from kernel_cases import DTYPES, limit, rms_error
 
 from alexnet_triton.kernels import config, conv, halo
 from alexnet_triton.variants import VARIANTS
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    kernel_cases.poison(monkeypatch)
 
 
 def reference(x, weight, bias, grad, stride, padding, groups, relu):
@@ -45,12 +40,12 @@ def by_kernels(x, weight, bias, grad, shape, relu, conv_config=None, weight_conf
     return y, dx, dw, db
 
 
-def check(sizes, relu, dtype, limit=None, **configs):
+def check(sizes, relu, dtype, **configs):
     x, weight, bias, grad, shape = draw(*sizes, dtype)
     result = by_kernels(x, weight, bias, grad, shape, relu, **configs)
     expected = reference(x, weight, bias, grad, *sizes[2:], relu)
     for name, got, wanted in zip(("y", "dx", "dw", "db"), result, expected, strict=True):
-        assert rms_error(got, wanted) < (limit or LIMITS[dtype]), name
+        assert rms_error(got, wanted) < limit(dtype, wanted), name
 
 
 ALEXNETS = {
@@ -62,7 +57,7 @@ OWN = {str(sizes): (name, sizes) for name, sizes in ALEXNETS.items()}.values()  
 @pytest.mark.parametrize(("name", "sizes"), OWN, ids=[name for name, _ in OWN])
 def test_alexnets_convolutions_at_full_size(name, sizes):
     x_size, w_size, stride, padding, groups = sizes
-    for batch, dtype in ((3, torch.float32), (1, torch.float16), (1, torch.bfloat16)):
+    for batch, dtype in ((3, torch.float32), *((1, dtype) for dtype in DTYPES)):
         check(((batch, *x_size), w_size, (stride, stride), (padding, padding), groups), True, dtype)
 
 
@@ -87,10 +82,10 @@ SMALL = [
 
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_convolutions(seed):
-    """With the default blocks and with small ones; a sum of few terms may cancel, which the limit allows for."""
+    """With the default blocks and with small ones."""
     dtype = DTYPES[0] if seed % 3 else DTYPES[seed // 3 % 3]
-    configs = SMALL[seed % len(SMALL)] if seed % 4 == 0 else {}
-    check(drawn(seed), seed % 2 == 0, dtype, 4 * LIMITS[dtype], **configs)
+    configs = SMALL[seed // 2 % len(SMALL)] if seed % 2 else {}
+    check(drawn(seed), seed % 5 < 3, dtype, **configs)
 
 
 def test_a_first_row_of_an_image_sees_nothing_of_the_image_before():

@@ -2,30 +2,15 @@ import math
 
 import pytest
 import torch
+from kernel_cases import limit, rms_error
 from test_random import mask
 
 from alexnet_triton.kernels import launch, linear, random
 from alexnet_triton.kernels.config import LinearConfig, StripConfig
 
 FC6, FC7, FC8 = (4096, 9216), (4096, 4096), (1000, 4096)
-LIMITS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
 SMALL = LinearConfig(16, 32, 16, 1, 4, 1)
 SPLIT = LinearConfig(32, 16, 32, 3, 4, 1)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """What a kernel does not write is NaN."""
-    empty, empty_like = launch.empty, launch.empty_like
-    monkeypatch.setattr(launch, "empty", lambda *a, **k: empty(*a, **k).fill_(math.nan))
-    monkeypatch.setattr(launch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
-
-
-def error(result, expected):
-    """RMS(difference) / RMS(expected)."""
-    assert result.shape == expected.shape
-    difference = (result.double() - expected).square().mean().sqrt()
-    return (difference / expected.square().mean().sqrt()).item() if difference else 0.0
 
 
 def expected_results(grad, x, weight, bias, y, kept, p):
@@ -42,7 +27,7 @@ def expected_results(grad, x, weight, bias, y, kept, p):
     return output, grad @ weight * factor, grad.t() @ dropped, grad.sum(0)
 
 
-def hold(x, weight, bias, grad, p=0.0, relu=False, config=None, x_config=None, weight_config=None, limit=None):
+def hold(x, weight, bias, grad, p=0.0, relu=False, config=None, x_config=None, weight_config=None):
     """The kernels are the formula: output, and the gradients of input, weight and bias."""
     seed = random.seed(x.device) if p else None
     y = linear.dropout_linear(x, weight, bias, seed, p, relu, config)
@@ -55,7 +40,7 @@ def hold(x, weight, bias, grad, p=0.0, relu=False, config=None, x_config=None, w
     assert y.dtype == x.dtype
     for result, reference in zip((y, *results), expected, strict=True):
         if result is not None:
-            assert error(result, reference) < (limit or LIMITS[x.dtype])
+            assert rms_error(result, reference) < limit(x.dtype, reference)
             assert result.dtype == x.dtype
     assert (results[2] is None) == (bias is None)
     assert results[1].stride() == torch.empty_like(weight).stride()
@@ -69,9 +54,19 @@ def tensors(batch, outputs, features, dtype=torch.float32):
     return x, weight / max(1, features) ** 0.5, bias, grad
 
 
-@pytest.mark.parametrize(("batch", "size", "p"), [(3, FC6, 0.5), (1, FC7, 0.0), (3, FC8, 0.5)])
-def test_alexnets_layers_at_full_size(batch, size, p):
-    hold(*tensors(batch, *size), p, relu=size != FC8)
+FULL = [
+    # (size, dtype, batches)
+    *((size, torch.float32, (1, 3)) for size in (FC6, FC7, FC8)),
+    (FC6, torch.float16, (1,)),
+    (FC7, torch.bfloat16, (1,)),
+    (FC8, torch.bfloat16, (3,)),
+]
+
+
+@pytest.mark.parametrize(("size", "dtype", "batches"), FULL, ids=str)
+def test_alexnets_layers_at_full_size(size, dtype, batches):
+    for batch in batches:
+        hold(*tensors(batch, *size, dtype), 0.5 if batch > 1 else 0.0, relu=size != FC8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -121,7 +116,7 @@ def test_blocks_and_splits_do_not_change_the_numbers(size, config, monkeypatch):
     monkeypatch.setattr(linear, "strip_config", lambda *_, **__: StripConfig(16, 64, 4))
     other = hold(*sample, 0.5, relu=True, config=config, x_config=config, weight_config=config)
     for a, b in zip(one, other, strict=True):
-        assert error(a, b.double()) < 1e-6
+        assert rms_error(a, b) < 1e-6
 
 
 @pytest.mark.parametrize("config", [None, SPLIT], ids=str)

@@ -36,7 +36,7 @@ def gradients(function, *tensors):
     return y.detach(), torch.autograd.grad((y * weights).sum(), tensors)
 
 
-def hold(function, expected, *tensors, limit=1e-5):
+def hold(function, expected, *tensors, limit=2e-6):
     """`function` in float32 is `expected` in float64, output and gradients."""
     y, grads = gradients(function, *tensors)
     y64, grads64 = gradients(expected, *(tensor.double() for tensor in tensors))
