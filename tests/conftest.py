@@ -30,7 +30,9 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    kernel_cases.poison(monkeypatch)
+    poison = kernel_cases.Poison(monkeypatch)
+    yield
+    poison.check()
 
 
 @functools.cache

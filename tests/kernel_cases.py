@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import torch
 
 from alexnet_triton.kernels import launch
@@ -28,15 +29,41 @@ def limit(dtype, expected):
     return LIMITS[dtype] * (1 if expected.numel() >= 100 else 4)
 
 
-def poison(monkeypatch):
-    """Let every buffer that a kernel is to fill hold NaN (or 255) before, so that what it leaves out shows."""
+MARGIN = 1 << 15
+"""Bytes before and behind a poisoned buffer."""
 
-    def filled(tensor):
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
 
-    empty, empty_like = launch.empty, launch.empty_like
-    monkeypatch.setattr(launch, "empty", lambda *args, **options: filled(empty(*args, **options)))
-    monkeypatch.setattr(launch, "empty_like", lambda parameter: filled(empty_like(parameter)))
+class Poison:
+    """Buffers that kernels are to fill hold 255 in every byte before, which is NaN, and lie between margins of it.
+
+    So what a kernel leaves out shows, and what it reads beside a buffer; `check` finds what it has written there.
+    """
+
+    MOST = 1 << 22
+    """Bytes of the buffers whose margins are checked: larger ones are not kept until then."""
+
+    def __init__(self, monkeypatch):
+        self.kept = []
+        empty, empty_like, zeros = launch.empty, launch.empty_like, launch.zeros
+        monkeypatch.setattr(launch, "empty", lambda *args, **options: self.between_margins(empty(*args, **options)))
+        monkeypatch.setattr(launch, "empty_like", lambda parameter: self.between_margins(empty_like(parameter)))
+        monkeypatch.setattr(launch, "zeros", lambda *a, **options: self.between_margins(zeros(*a, **options)).zero_())
+
+    def between_margins(self, tensor):
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return tensor
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        memory = numpy.full(extent * tensor.itemsize + 2 * MARGIN, 255, numpy.uint8)
+        if memory.size <= self.MOST:
+            self.kept.append(memory)
+        # Neither a view nor a storage with an offset: torch must not see that there is more.
+        inner = torch.frombuffer(memory, dtype=tensor.dtype, count=extent, offset=MARGIN)
+        return inner.new_empty(0).set_(inner.untyped_storage(), 0, tensor.shape, tensor.stride())
+
+    def check(self):
+        for memory in self.kept:
+            assert (memory[:MARGIN] == 255).all(), "a kernel wrote before its buffer"
+            assert (memory[-MARGIN:] == 255).all(), "a kernel wrote behind its buffer"
 
 
 def convolutions(variant):

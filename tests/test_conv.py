@@ -76,7 +76,7 @@ SMALL = [
     {"conv_config": config.ConvConfig(16, 16, 0, 16, 4, 1)},
     {"conv_config": config.ConvConfig(16, 32, 16, 64, 4, 1)},
     {"weight_config": config.WeightGradientConfig(16, 16, 16, 16, 3, 4, 1)},
-    {"weight_config": config.WeightGradientConfig(64, 32, 0, 32, 2, 4, 1)},
+    {"weight_config": config.WeightGradientConfig(64, 32, 0, 64, 2, 4, 1)},
 ]
 
 

@@ -74,6 +74,15 @@ def test_a_fold_with_padding_and_a_stride_past_its_window():
     assert torch.equal(back[0, 0], torch.where(seen, x[0, 0], 0))
 
 
+def test_a_layout_smaller_than_its_source_leaves_the_rest_out():
+    x = torch.randn(1, 3, 7, 9)
+    layout = halo.for_convolution(1, 16, (2, 3), (3, 3), (1, 1), (2, 3))
+    matrix = halo.enter(x, layout, halo.Fold(1, 3, (2, 2), (2, 2), (0, 0), 16))
+    assert torch.equal(halo.view(matrix, layout)[:, :12], F.pixel_unshuffle(x[:, :, :4, :6], 2))
+    halo.view(matrix, layout).zero_()
+    assert matrix.abs().max() == 0
+
+
 def test_gate_drops_where_the_output_is_not_positive_and_lets_nan_through():
     grad = torch.tensor([1.0, 2, 3, float("nan"), 5]).reshape(1, 1, 1, 5)
     gate = torch.tensor([1.0, 0, -1, 2, float("nan")]).reshape(1, 1, 1, 5)
@@ -91,13 +100,13 @@ def test_a_map_changes_its_dtype_as_it_enters():
 
 
 def test_strides_past_two_billion_elements_are_followed():
-    far = 2**31 + 8
-    store = torch.empty(far + 64, dtype=torch.float16)  # pages that nobody touches cost nothing
-    x = store.as_strided((2, 1, 2, 2), (far, 4, 2, 1))
-    x.copy_(torch.arange(8.0).reshape(2, 1, 2, 2))
-    layout = halo.dense(2, 1, 2, 2)
+    far = 2**30 + 8  # a stride that fits 32 bits, and a place that does not
+    store = torch.empty(2 * far + 64, dtype=torch.float16)  # pages that nobody touches cost nothing
+    x = store.as_strided((3, 1, 2, 2), (far, 4, 2, 1))
+    x.copy_(torch.arange(12.0).reshape(3, 1, 2, 2))
+    layout = halo.dense(3, 1, 2, 2)
     matrix = halo.enter(x, layout, halo.no_fold(1, 1, 1))
-    assert matrix.flatten().tolist() == list(range(8))
+    assert matrix.flatten().tolist() == list(range(12))
     x.zero_()
     halo.leave(halo.view(matrix, layout), x, halo.no_fold(1, 1, 1))
-    assert x.flatten().tolist() == list(range(8))
+    assert x.flatten().tolist() == list(range(12))

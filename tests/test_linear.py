@@ -255,7 +255,7 @@ def test_the_gradient_of_the_bias_sums_in_float32():
 
 
 def test_rows_may_lie_more_than_2_to_the_31_elements_apart():
-    rows, columns, apart = 3, 40, 2**31 + 64
+    rows, columns, apart = 3, 40, 2**30 + 64  # a stride that fits 32 bits, and places that do not
     storage = torch.empty((rows - 1) * apart + columns, dtype=torch.float16)  # memory comes with the first touch
     far = storage.as_strided((rows, columns), (apart, 1))
     near = torch.randn(rows, columns, dtype=torch.float16)
