@@ -183,6 +183,21 @@ def test_inference_keeps_no_map():
     assert len(chain.forward(x, [weight], stages, save=True, channels_last=False)[1]) == 3
 
 
+def test_maps_are_kept_only_where_a_gradient_may_be_asked_for(monkeypatch):
+    kept = []
+    original = chain.forward
+    monkeypatch.setattr(
+        chain, "forward", lambda x, p, stages, save, last: (kept.append(save), original(x, p, stages, save, last))[1]
+    )
+    model = fuse(nn.Sequential(conv(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2)))
+    with use_backend("triton"):
+        model(torch.randn(1, 3, 9, 9))
+        with torch.no_grad():
+            model(torch.randn(1, 3, 9, 9))
+        model.requires_grad_(False)(torch.randn(1, 3, 9, 9))
+    assert kept == [True, False, False]
+
+
 def test_alexnets_maps_are_copied_nowhere_between_its_layers(monkeypatch):
     """One copy brings the images in, one the gradient; between conv1 and pool5 there is none."""
     made = []

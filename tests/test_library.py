@@ -138,6 +138,16 @@ def test_autocast_lowers_products_keeps_pools_and_gives_parameters_their_own_dty
         assert fuse(nn.Sequential(nn.MaxPool2d(2)))(x).dtype == torch.float32
 
 
+def test_autocast_normalises_in_the_dtype_that_comes_before_a_convolution_lowers_it():
+    model = fuse(nn.Sequential(nn.LocalResponseNorm(5, alpha=1.0), nn.MaxPool2d(2), nn.Conv2d(16, 16, 1, bias=False)))
+    nn.init.dirac_(model[-1].weight)  # gives what it is given
+    x = torch.randn(2, 16, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert torch.equal(y, model[:-1](x).bfloat16())
+    assert not torch.equal(y, model[:-1](x.bfloat16()))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_draws_the_masks_again(reentrant):
     model = small_network()
