@@ -85,11 +85,27 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small, interpreted")
     gpu.set_defaults(run=_bench_gpu)
 
+    dtypes = (*SHORT_DTYPES, *SHORT_DTYPES.values())
+    names = f"{', '.join(SHORT_DTYPES)} or torch's names; default: %(default)s"
+
+    tune = commands.add_parser("autotune", help="find the fastest config of every launch, and keep it for this GPU")
+    tune.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    tune.add_argument("--batch", type=_batches, default=(1, 128, 1024), metavar="N,N,...", help="default: 1,128,1024")
+    tune.add_argument("--dtype", choices=dtypes, default="bfloat16", metavar="NAME", help=names)
+    tune.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
+    directions = ("forward", "data gradient", "weight gradient")
+    tune.add_argument("--direction", choices=directions, help="one direction alone")
+    budget = "as in 180s, 5m; default: 180s, of a dry run none"
+    tune.add_argument("--budget", type=_seconds, metavar="TIME", help=budget)
+    tune.add_argument("--jobs", type=_positive, metavar="N", help="processes that compile; default: one a core")
+    tune.add_argument("--export", type=Path, metavar="FILE", help="write the configs there; its name is the card's")
+    tune.add_argument("--dry-run", action="store_true", help="needs no GPU: compile, prune, print what would be timed")
+    tune.add_argument("--target", default="sm_90", metavar="NAME", help="of a dry run; default: %(default)s")
+    tune.set_defaults(run=_autotune)
+
     inspect = commands.add_parser("inspect", help="compile every kernel for a GPU that need not be here; check budgets")
     inspect.add_argument("--target", default="sm_90", metavar="NAME", help="as in sm_80, gfx942; default: %(default)s")
     inspect.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
-    dtypes = (*SHORT_DTYPES, *SHORT_DTYPES.values())
-    names = f"{', '.join(SHORT_DTYPES)} or torch's names; default: %(default)s"
     inspect.add_argument("--dtype", choices=dtypes, default="bfloat16", metavar="NAME", help=names)
     inspect.add_argument("--batch", type=_positive, default=128, metavar="N", help="images; default: %(default)s")
     inspect.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
@@ -140,11 +156,32 @@ def _inspect(options: argparse.Namespace) -> int:
     return run(o.target, o.variant, SHORT_DTYPES.get(o.dtype, o.dtype), o.batch, o.layer, o.all, o.json)
 
 
+def _autotune(options: argparse.Namespace) -> int:
+    from alexnet_triton.tuning.autotune import Options, run
+
+    o = options
+    dtype = SHORT_DTYPES.get(o.dtype, o.dtype)
+    budget = o.budget or (float("inf") if o.dry_run else 180.0)
+    return run(Options(o.variant, o.batch, dtype, o.layer, o.direction, budget, o.jobs, o.dry_run, o.target, o.export))
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    return tuple(_positive(word) for word in text.split(","))
+
+
+def _seconds(text: str) -> float:
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        return _positive_float(text[:-1]) * unit if unit else _positive_float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a time, as in 180s or 5m, got {text!r}") from None
 
 
 def _positive_float(text: str) -> float:

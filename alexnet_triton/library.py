@@ -91,6 +91,25 @@ def dropout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, rel
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@functools.cache
+def _chain() -> Any:
+    """`alexnet_triton.chain`, with tuned configs. Triton is imported here and not before."""
+    from alexnet_triton import chain, configs
+
+    configs.install()
+    return chain
+
+
+@functools.cache
+def _linear() -> Any:
+    """`alexnet_triton.kernels.linear`, likewise."""
+    from alexnet_triton import configs
+    from alexnet_triton.kernels import linear
+
+    configs.install()
+    return linear
+
+
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches what runs: then calls go past the dispatcher, which costs more than all the rest."""
     return (
@@ -133,8 +152,7 @@ def _run_stages(
     x: Tensor, parameters: Sequence[Tensor], stages: tuple[Stage, ...], save: bool, channels_last: bool
 ) -> tuple[Tensor, list[Tensor]]:
     with on_device(x):
-        from alexnet_triton import chain
-
+        chain = _chain()
         if x.shape[0] == 0:
             size, saved = chain.like(x, parameters, stages, save)
             return _in_format(x, size, channels_last), saved
@@ -152,8 +170,7 @@ def _run_stages_backward(
     stages: tuple[Stage, ...], needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     with on_device(x):
-        from alexnet_triton import chain
-
+        chain = _chain()
         if x.shape[0] == 0:
             return [torch.zeros_like(t) for t, needed in zip((x, *parameters), needs, strict=True) if needed]
         return chain.backward(grad, x, out, saved, parameters, stages, needs, channels_last)
@@ -171,8 +188,7 @@ def _run_dropout_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
 ) -> Tensor:
     with on_device(x):
-        from alexnet_triton.kernels import linear
-
+        linear = _linear()
         return linear.dropout_linear(x, weight, bias, seed, p, relu)
 
 
@@ -181,8 +197,7 @@ def _run_dropout_linear_backward(
     relu: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with on_device(x):
-        from alexnet_triton.kernels import linear
-
+        linear = _linear()
         wanted = (needs[0], needs[1], needs[2])
         found = linear.dropout_linear_backward(grad, x, weight, y if relu else None, seed, p, wanted)
         return [gradient for gradient in found if gradient is not None]

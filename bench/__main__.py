@@ -4,4 +4,5 @@ import sys
 
 from alexnet_triton.cli import main
 
-sys.exit(main(["bench", *sys.argv[1:]]))
+if __name__ == "__main__":  # not where a process of a pool imports it
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from alexnet_triton import ops, reference
 from alexnet_triton.backend import use_backend
 from alexnet_triton.model import AlexNet
 from alexnet_triton.stages import ConvStage, PoolStage, encode
+from alexnet_triton.tuning.accuracy import rms_error
 from alexnet_triton.variants import VARIANTS
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 6e-3}
@@ -69,15 +69,6 @@ class Absent(Exception):
     """What a check needs is not on this machine; the message names it."""
 
 
-def rms_error(result: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over RMS of the expected; infinite where shapes, or the places of NaNs, differ."""
-    result, expected = result.detach().double(), expected.detach().double()
-    if result.shape != expected.shape or not torch.equal(result.isnan(), expected.isnan()):
-        return float("inf")
-    difference, scale = (result - expected).nan_to_num().norm().item(), expected.nan_to_num().norm().item()
-    return difference / scale if scale else difference and float("inf")
-
-
 def limit(dtype: torch.dtype, terms: int) -> float:
     """The limit of an error: rounding the answer, and a float32 sum of `terms` terms, whose error grows as a walk."""
     return LIMITS[dtype] + 2.0**-25 * terms**0.5
@@ -86,24 +77,6 @@ def limit(dtype: torch.dtype, terms: int) -> float:
 def differing(a: Tensor, b: Tensor) -> float:
     """How many elements are not the same, NaN being the same as NaN."""
     return float((~((a == b) | (a.isnan() & b.isnan()))).sum().item())
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Within the block, every buffer that a kernel is to fill holds NaN (or 255) before: what it leaves out shows."""
-    from alexnet_triton.kernels import launch
-
-    empty, empty_like = launch.empty, launch.empty_like
-
-    def filled(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-
-    launch.empty = lambda *args, **options: filled(empty(*args, **options))
-    launch.empty_like = lambda parameter: filled(empty_like(parameter))
-    try:
-        yield
-    finally:
-        launch.empty, launch.empty_like = empty, empty_like
 
 
 # --- the layers of the networks -------------------------------------------------------------------------------
@@ -313,9 +286,11 @@ def cases(scale: Scale) -> list[Case]:
 
 def check_layer(case: Case, device: torch.device) -> list[Measure]:
     """Output and gradients of a layer against float64, its outputs' buffers poisoned."""
+    from alexnet_triton.kernels import launch
+
     torch.manual_seed(zlib.crc32(case.name.encode()))
     inputs = case.layer.draw(device, case.dtype)
-    with poisoned():
+    with launch.poisoned():
         results = case.layer.ours(*inputs)
     expected = case.layer.expected(results, *inputs)
     terms = case.layer.terms()
@@ -347,12 +322,12 @@ def mask(seed: int, rows: int, columns: int, p: float) -> Tensor:
 
 def check_mask(device: torch.device, rows: int, columns: int, p: float) -> list[Measure]:
     """The kernel's mask is NumPy's, element for element, for seeds of either sign."""
-    from alexnet_triton.kernels import linear
+    from alexnet_triton.kernels import launch, linear
 
     measures = []
     for seed in (0, 1, -1, 0x1234_5678_9ABC_DEF0, -(2**63)):
         ones = torch.ones(rows, columns, device=device)
-        with poisoned():
+        with launch.poisoned():
             kept = linear.drop(ones, torch.tensor([seed], device=device), p, 16)
         expected = mask(seed, rows, columns, p).to(device)
         measures.append(Measure(f"seed {seed}", differing((kept[:, :columns] != 0).int(), expected.int()), 0.0))
@@ -413,10 +388,12 @@ def check_network(variant: str, scale: Scale, device: torch.device, dtype: torch
     What a decision taken otherwise in an early layer does to later ones is no error of a kernel: the kernels may be
     off by twice what torch's own layers in the same dtype are, and by the floor in any case.
     """
+    from alexnet_triton.kernels import launch
+
     torch.manual_seed(7)
     model = network(variant, scale, device, dtype).train()
     images = images_for(variant, scale, device, dtype)
-    with poisoned():
+    with launch.poisoned():
         ours = gradients(model, images, "triton")
     theirs = gradients(model, images, "reference")
     exact = gradients(copy.deepcopy(model).double(), images.double(), "reference")

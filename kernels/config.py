@@ -3,16 +3,24 @@
 A config is a small frozen dataclass; its fields are the kernel's block sizes, warps and stages. The function of the
 same name chooses one from the shape, the dtype and the target by rules that need no measurement. Under the interpreter
 time goes by programs and loop turns, so blocks are large there.
+
+A *problem* is all that the config of a launch may depend on. `choose` gives a problem's config: the one that the lookup
+knows which `look_up_with` was given, and else the rule's.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from alexnet_triton.kernels.target import Target, cdiv, power_of_two
+
+ROWS_MULTIPLE = 64
+"""Rows of a map's matrix between its margins come in multiples of this: a weight gradient's steps need no mask."""
 
 # --- copies -------------------------------------------------------------------------------------------------
 
@@ -64,7 +72,7 @@ class WeightGradientConfig:
     extra_k: int
     """A tile is `block_k + extra_k` filters wide; 0 for none."""
     block_npq: int
-    """Rows (pixels) of a step, at most `halo.ROWS_MULTIPLE`."""
+    """Rows (pixels) of a step, at most `ROWS_MULTIPLE`."""
     splits: int
     """Parts into which the rows are divided."""
     warps: int
@@ -263,3 +271,126 @@ def norm_pool_config(
     warps = next((w for w in (4, 2) if items >= enough * threads * w), 1)
     strip = next((s for s in (7, 4, 2) if not backward and items >= enough * threads * 4 * s), 1)
     return NormPoolConfig(threads * warps, lanes, strip, warps)
+
+
+# --- problems -----------------------------------------------------------------------------------------------
+
+
+class ConvProblem(NamedTuple):
+    """The forward product of a convolution without stride, or its data gradient, which is one too."""
+
+    images: int
+    out_h: int
+    out_w: int
+    filters: int
+    """Of a group."""
+    depth: int
+    """Columns of a tap in a group."""
+    taps_h: int
+    taps_w: int
+    groups: int
+    bordered: bool
+    """Whether the answer's border is written with it."""
+    dtype: torch.dtype
+    exact: bool
+    """Whether float32 is not rounded to TF32."""
+
+    def default(self, target: Target) -> ConvConfig:
+        """The rule's config."""
+        return conv_config(target, self.dtype, self.images * self.out_h * self.out_w, self.filters, self.groups)
+
+
+class WeightGradientProblem(NamedTuple):
+    """The weight gradient of a convolution without stride."""
+
+    images: int
+    pitch_h: int
+    pitch_w: int
+    filters: int
+    """Of a group."""
+    depth: int
+    """Columns of a tap in a group."""
+    taps_h: int
+    taps_w: int
+    groups: int
+    dtype: torch.dtype
+    exact: bool
+
+    def default(self, target: Target) -> WeightGradientConfig:
+        """The rule's config."""
+        reduction = self.taps_h * self.taps_w * self.depth
+        steps = cdiv(self.images * self.pitch_h * self.pitch_w, ROWS_MULTIPLE)
+        return weight_gradient_config(target, self.dtype, self.filters, reduction, self.groups, steps)
+
+
+class LinearProblem(NamedTuple):
+    """One of the three products of a linear layer."""
+
+    images: int
+    outputs: int
+    features: int
+    direction: str
+    """`"forward"`, `"data gradient"`, `"weight gradient"`."""
+    dropout: bool
+    """Whether the epilogue draws a mask: in the data gradient."""
+    dtype: torch.dtype
+    exact: bool
+
+    def default(self, target: Target) -> LinearConfig:
+        """The rule's config."""
+        n, o, i = self.images, self.outputs, self.features
+        sizes = {"forward": (n, o, i), "data gradient": (n, i, o), "weight gradient": (o, i, n)}[self.direction]
+        # In a tile of 128 x 256, drawing the mask spills registers.
+        return linear_config(target, self.dtype, self.exact, *sizes, wide=not self.dropout)
+
+
+class NormPoolProblem(NamedTuple):
+    """Normalisation and pooling, or their gradient."""
+
+    images: int
+    height: int
+    """Of the map that is written, its border included, as `width` is."""
+    width: int
+    channels: int
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    norm: int
+    """Channels of the normalisation's window; 0 for none."""
+    backward: bool
+    dtype: torch.dtype
+
+    def default(self, target: Target) -> NormPoolConfig:
+        """The rule's config."""
+        rows = self.images * self.height * self.width
+        return norm_pool_config(target, self.dtype, rows, self.channels, self.backward)
+
+
+Problem = ConvProblem | WeightGradientProblem | LinearProblem | NormPoolProblem
+Config = ConvConfig | WeightGradientConfig | LinearConfig | NormPoolConfig
+
+CONFIGS: dict[type[Problem], type[Config]] = {
+    ConvProblem: ConvConfig,
+    WeightGradientProblem: WeightGradientConfig,
+    LinearProblem: LinearConfig,
+    NormPoolProblem: NormPoolConfig,
+}
+"""The kind of config that a kind of problem takes."""
+
+Lookup = Callable[[Target, Problem], Config | None]
+
+_lookup: Lookup | None = None
+
+
+def look_up_with(lookup: Lookup | None) -> Lookup | None:
+    """Let `choose` ask `lookup` first, from now on; None lets it ask nobody. Gives the one that it asked before."""
+    global _lookup
+    before, _lookup = _lookup, lookup
+    choose.cache_clear()
+    return before
+
+
+@functools.lru_cache(4096)
+def choose(target: Target, problem: Problem) -> Any:
+    """The config of a launch. It is looked up once in a process."""
+    found = _lookup(target, problem) if _lookup else None
+    return found or problem.default(target)

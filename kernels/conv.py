@@ -26,10 +26,11 @@ from torch import Tensor
 from alexnet_triton.kernels import halo, launch
 from alexnet_triton.kernels.config import (
     ConvConfig,
+    ConvProblem,
     WeightGradientConfig,
-    conv_config,
+    WeightGradientProblem,
+    choose,
     copy_config,
-    weight_gradient_config,
 )
 from alexnet_triton.kernels.halo import Fold, Layout
 from alexnet_triton.kernels.launch import rounded
@@ -375,11 +376,21 @@ def _shifted_product(
     # A row of taps lies side by side in memory where there is one group; with several each tap is a run.
     runs_a_row = 1 if groups == 1 else taps_w
     run = product.depth * taps_w // runs_a_row
-    if config is None:
-        config = conv_config(target, x.dtype, pixels, product.filters, groups)
     reduction = taps_h * taps_w * product.depth
     same_rows = (y_layout.pitch_h, y_layout.pitch_w) == (x_layout.pitch_h, x_layout.pitch_w)
     gather = y_layout.is_dense or not same_rows
+    if config is None:
+        problem = ConvProblem(
+            x_layout.images, *product.out_size, product.filters, product.depth, taps_h, taps_w, groups, not gather,
+            x.dtype, launch.is_exact(x.dtype, target),
+        )  # fmt: skip
+        config = choose(target, problem)
+        launch.offer(
+            problem,
+            lambda other: _shifted_product(
+                x, x_layout, packed, bias, gate, gate_layout, groups, product, y_layout, relu, other
+            ),
+        )
     make = launch.empty if y_layout.is_dense or same_rows else launch.zeros
     y = make((y_layout.rows, y_layout.channels), x)
     numbers = pixels if gather else y_layout.rows
@@ -603,10 +614,14 @@ def weight_gradient(
     """
     target = launch.target_of(dy.device)
     x_layout, dy_layout = conv.x_layout, conv.dy_layout
-    steps_of = (dy_layout.rows - 2 * dy_layout.lead) // halo.ROWS_MULTIPLE
     if config is None:
-        config = weight_gradient_config(target, dy.dtype, conv.filters, conv.reduction, conv.groups, steps_of)
-    steps = launch.cdiv(steps_of * halo.ROWS_MULTIPLE, config.block_npq)
+        problem = WeightGradientProblem(
+            dy_layout.images, dy_layout.pitch_h, dy_layout.pitch_w, conv.filters, _padded(conv.folded_depth),
+            *conv.taps, conv.groups, dy.dtype, launch.is_exact(dy.dtype, target),
+        )  # fmt: skip
+        config = choose(target, problem)
+        launch.offer(problem, lambda other: weight_gradient(dy, x, conv, weight, bias, other))
+    steps = launch.cdiv(dy_layout.rows - 2 * dy_layout.lead, config.block_npq)
     steps_a_split = launch.cdiv(steps, config.splits)
     splits = launch.cdiv(steps, steps_a_split)
     filters = conv.groups * conv.filters

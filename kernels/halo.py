@@ -23,11 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_triton.kernels import launch
-from alexnet_triton.kernels.config import copy_config
+from alexnet_triton.kernels.config import ROWS_MULTIPLE, copy_config
 from alexnet_triton.kernels.launch import rounded
-
-ROWS_MULTIPLE = 64
-"""Rows between the two margins come in multiples of this: a weight gradient's steps need no mask."""
 
 
 class Layout(NamedTuple):

@@ -8,7 +8,7 @@ tensors and an absent GPU's name, and see which kernels would run with which arg
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -82,6 +82,36 @@ def launch(kernel: Any, programs: int, **arguments: Any) -> None:
     kernel[(programs,)](**arguments)
 
 
+class Offer(NamedTuple):
+    """Work whose config may be chosen, and how to do it once more with another."""
+
+    problem: Any
+    """Of `config.Problem`."""
+    again: Callable[[Any], Any]
+    """Does the work with the config that it is given, on the same tensors, and gives its answer."""
+
+
+_offers: ContextVar[list[Offer] | None] = ContextVar("alexnet_triton_offers", default=None)
+
+
+def offer(problem: Any, again: Callable[[Any], Any]) -> None:
+    """Say that a config was chosen for `problem`; `offered` keeps it."""
+    offers = _offers.get()
+    if offers is not None:
+        offers.append(Offer(problem, again))
+
+
+@contextmanager
+def offered() -> Iterator[list[Offer]]:
+    """Within the block, all work whose config may be chosen is kept, with its tensors."""
+    offers: list[Offer] = []
+    token = _offers.set(offers)
+    try:
+        yield offers
+    finally:
+        _offers.reset(token)
+
+
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
     """Within the block launches are recorded, as they would be made on `target`, and none is made."""
@@ -108,9 +138,9 @@ def _cuda_target(index: int) -> Target:
     device = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = device.gcnArchName.split(":")[0]
-        return Target("hip", arch, device.multi_processor_count, 65_536)
+        return Target("hip", arch, device.multi_processor_count, 65_536, device.name)
     memory = getattr(device, "shared_memory_per_block_optin", 101_376)
-    return Target("cuda", device.major * 10 + device.minor, device.multi_processor_count, memory)
+    return Target("cuda", device.major * 10 + device.minor, device.multi_processor_count, memory, device.name)
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -128,12 +158,34 @@ def zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within the block, every buffer that a kernel is to fill holds NaN (or 255) before: what it leaves out shows."""
+    global empty, empty_like
+    kept = empty, empty_like
+
+    def filled(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+
+    empty = lambda *args, **options: filled(kept[0](*args, **options))  # noqa: E731
+    empty_like = lambda parameter: filled(kept[1](parameter))  # noqa: E731
+    try:
+        yield
+    finally:
+        empty, empty_like = kept
+
+
 def dot_precision(target: Target) -> str:
     """`input_precision` of float32 products: TF32 only where torch's own switch for products allows it.
 
     The switch is `torch.backends.cuda.matmul.allow_tf32` / `torch.set_float32_matmul_precision`.
     """
     return "tf32" if target.backend == "cuda" and _tf32_allowed() else "ieee"
+
+
+def is_exact(dtype: torch.dtype, target: Target) -> bool:
+    """Whether products of `dtype` are sums of float32 products, which no tensor core of NVIDIA's does."""
+    return dtype == torch.float32 and dot_precision(target) == "ieee"
 
 
 def _tf32_allowed() -> bool:

@@ -19,6 +19,7 @@ at a time without masks. The gradient is brought in likewise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_triton.kernels import launch, random
-from alexnet_triton.kernels.config import LinearConfig, linear_config, strip_config
+from alexnet_triton.kernels.config import LinearConfig, LinearProblem, choose, strip_config
 from alexnet_triton.kernels.launch import rounded
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -290,10 +291,9 @@ def _epilogue(bias: Tensor | None, relu: bool, seed: Tensor | None, p: float, co
 # --- the layer ----------------------------------------------------------------------------------------------
 
 
-def _default(x: Tensor, rows: int, columns: int, reduction: int, wide: bool = True) -> LinearConfig:
-    target = launch.target_of(x.device)
-    exact = x.dtype == torch.float32 and launch.dot_precision(target) == "ieee"
-    return linear_config(target, x.dtype, exact, rows, columns, reduction, wide)
+def _problem(x: Tensor, weight: Tensor, direction: str, dropout: bool = False) -> LinearProblem:
+    exact = launch.is_exact(x.dtype, launch.target_of(x.device))
+    return LinearProblem(x.shape[0], *weight.shape, direction, dropout, x.dtype, exact)
 
 
 def dropout_linear(
@@ -314,14 +314,17 @@ def dropout_linear(
         seed: int64 (1,), from `random.seed`; None where `p` is 0.
         p: probability of dropping an element of `x`; the others are scaled by 1 / (1 - p).
         relu: apply ReLU, which lets NaN pass.
-        config: None takes `config.linear_config`'s.
+        config: None takes that of `config.choose`.
 
     Returns:
         (N, O), contiguous, of the dtype of `x`.
     """
     y = launch.empty((x.shape[0], weight.shape[0]), x)
     if y.numel():
-        config = config or _default(x, x.shape[0], weight.shape[0], x.shape[1])
+        if config is None:
+            problem = _problem(x, weight, "forward")
+            config = choose(launch.target_of(x.device), problem)
+            launch.offer(problem, lambda other: dropout_linear(x, weight, bias, seed, p, relu, other))
         gemm(drop(x, seed, p, config.block_k), weight.t(), y, config, bias, relu)
     return y
 
@@ -347,8 +350,8 @@ def dropout_linear_backward(
         seed: as in the forward pass.
         p: as in the forward pass.
         needs: whether the gradient of the input, of the weights and of the bias is wanted.
-        x_config: None takes `config.linear_config`'s.
-        weight_config: None takes `config.linear_config`'s.
+        x_config: None takes that of `config.choose`.
+        weight_config: None takes that of `config.choose`.
 
     Returns:
         The gradients of the input, (N, I) contiguous; of the weights, (O, I) in their own layout; of the bias, (O,).
@@ -364,9 +367,20 @@ def dropout_linear_backward(
                 gradient.zero_()
         return dx, dw, db
 
-    # In a tile of 128 x 256, drawing the mask spills registers.
-    x_config = x_config or _default(x, batch, features, outputs, wide=seed is None)
-    weight_config = weight_config or _default(x, outputs, features, batch)
+    def again(needs: tuple[bool, bool, bool]) -> Callable[[LinearConfig], Gradients]:
+        return lambda other: dropout_linear_backward(grad, x, weight, y, seed, p, needs, other, other)
+
+    target = launch.target_of(x.device)
+    if x_config is None:
+        problem = _problem(x, weight, "data gradient", seed is not None)
+        x_config = choose(target, problem)
+        if needs[0]:
+            launch.offer(problem, again((True, False, False)))
+    if weight_config is None:
+        problem = _problem(x, weight, "weight gradient")
+        weight_config = choose(target, problem)
+        if needs[1]:
+            launch.offer(problem, again((False, True, False)))
     dz = None
     if features and (needs[0] or needs[1]):
         # Either product takes its sum along one of dz's sides: along columns for dx, along rows for dw.

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from alexnet_triton.kernels import launch
-from alexnet_triton.kernels.config import NormPoolConfig, norm_pool_config
+from alexnet_triton.kernels.config import NormPoolConfig, NormPoolProblem, choose
 from alexnet_triton.kernels.halo import Layout
 from alexnet_triton.kernels.launch import rounded
 
@@ -359,9 +359,17 @@ def lrn_max_pool(
     index = None
     if want_index:
         index = launch.empty((layout.images * layout.height * layout.width, channels), x, index_dtype(window))
-    config = config or norm_pool_config(
-        launch.target_of(x.device), x.dtype, layout.images * layout.pitch_h * layout.pitch_w, channels
-    )
+    if config is None:
+        problem = NormPoolProblem(
+            layout.images, layout.pitch_h, layout.pitch_w, channels, window, stride, size, False, x.dtype
+        )
+        config = choose(launch.target_of(x.device), problem)
+        launch.offer(
+            problem,
+            lambda other: lrn_max_pool(
+                x, size, alpha, beta, k, window, stride, padding, lrn_groups, layout, want_index, other
+            ),
+        )
     lanes, vector = _chunk(config.lanes, channels // lrn_groups if size else channels, x.dtype)
     # As many strips as the config says, but all of one length.
     strips = launch.cdiv(layout.pitch_h, config.strip)
@@ -561,9 +569,17 @@ def lrn_max_pool_backward(
     """
     channels = x.shape[1]
     out = launch.empty((layout.rows, channels), x)
-    config = config or norm_pool_config(
-        launch.target_of(x.device), x.dtype, layout.images * layout.pitch_h * layout.pitch_w, channels, backward=True
-    )
+    if config is None:
+        problem = NormPoolProblem(
+            layout.images, layout.pitch_h, layout.pitch_w, channels, window, stride, size, True, x.dtype
+        )
+        config = choose(launch.target_of(x.device), problem)
+        launch.offer(
+            problem,
+            lambda other: lrn_max_pool_backward(
+                x, index, grad, size, alpha, beta, k, window, stride, padding, lrn_groups, layout, relu, other
+            ),
+        )
     lanes, vector = _chunk(config.lanes, channels // lrn_groups if size else channels, x.dtype)
     blocks_h = launch.cdiv(layout.pitch_h + padding[0], stride[0])
     blocks_w = launch.cdiv(layout.pitch_w + padding[1], stride[1])

@@ -15,20 +15,22 @@ class Target(NamedTuple):
     multiprocessors: int
     shared_memory: int
     """Bytes that one program may have."""
+    card: str = ""
+    """The device's name, as tuned configs are kept by."""
 
 
 TARGETS = {
-    "sm_80": Target("cuda", 80, 108, 166_912),
-    "sm_86": Target("cuda", 86, 84, 101_376),
-    "sm_89": Target("cuda", 89, 128, 101_376),
-    "sm_90": Target("cuda", 90, 132, 232_448),
-    "sm_100": Target("cuda", 100, 148, 232_448),
-    "sm_120": Target("cuda", 120, 170, 101_376),
-    "gfx90a": Target("hip", "gfx90a", 104, 65_536),
-    "gfx942": Target("hip", "gfx942", 304, 65_536),
-    "gfx950": Target("hip", "gfx950", 256, 163_840),
+    "sm_80": Target("cuda", 80, 108, 166_912, "A100"),
+    "sm_86": Target("cuda", 86, 84, 101_376, "RTX 3090"),
+    "sm_89": Target("cuda", 89, 128, 101_376, "RTX 4090"),
+    "sm_90": Target("cuda", 90, 132, 232_448, "H100"),
+    "sm_100": Target("cuda", 100, 148, 232_448, "B200"),
+    "sm_120": Target("cuda", 120, 170, 101_376, "RTX 5090"),
+    "gfx90a": Target("hip", "gfx90a", 104, 65_536, "MI250"),
+    "gfx942": Target("hip", "gfx942", 304, 65_536, "MI300X"),
+    "gfx950": Target("hip", "gfx950", 256, 163_840, "MI355X"),
 }
-"""GPUs by the name of their architecture: A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI250, MI300X, MI355X.
+"""GPUs by the name of their architecture.
 
 Shared memory a block from the CUDA programming guide's table of compute capabilities and AMD's ISA documents.
 """

@@ -239,10 +239,10 @@ def test_unknown_names_are_refused_with_the_known_ones(words, message, capsys, m
     assert err.count("\n") == 1
 
 
-def test_an_interpreted_process_has_another_do_it(capsys, monkeypatch):
+def test_an_interpreted_process_has_another_do_it(capfd, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert cli.main(["inspect", "--layer", "fc8", "--dtype", "float16", "--batch", "256", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(capfd.readouterr().out)
     assert (report["target"], report["dtype"], report["batch"]) == ("sm_90", "float16", 256)
     assert set(report["versions"]) == {"alexnet_triton", "triton", "torch"}
     assert [(r["layer"], r["direction"]) for r in report["rows"]] == [("fc8", way) for way in inspect.DIRECTIONS]

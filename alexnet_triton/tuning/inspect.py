@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alexnet_triton import configs
 from alexnet_triton.backend import interpreting
 from alexnet_triton.kernels.target import TARGETS, Target
 from alexnet_triton.model import AlexNet
@@ -79,8 +80,9 @@ def launches(variant: str, dtype: torch.dtype, batch: int, target: Target) -> li
         variant: of `alexnet_triton.AlexNet`.
         dtype: of images and parameters.
         batch: number of images.
-        target: where they would be made.
+        target: where they would be made, with the configs that ship for its card.
     """
+    configs.install()
     model = AlexNet(variant=variant, device="meta", dtype=dtype)
     size = VARIANTS[variant].image_size
     images = torch.empty(batch, 3, size, size, device="meta", dtype=dtype)
@@ -92,7 +94,7 @@ def _map_launches(model: AlexNet, images: Tensor, target: Target) -> list[LayerL
     from alexnet_triton import chain
     from alexnet_triton.kernels import launch
 
-    stages, parameters = _stages(model.features)
+    stages, parameters = stages_of(model.features)
     names = [name for name in LAYERS if not name.startswith("fc")]
     with launch.recording(target) as forward:
         out, saved = chain.forward(images, parameters, stages, True, False)
@@ -128,7 +130,8 @@ def _of_pooling(made: Launch) -> bool:
     return made.kernel.__module__.endswith("norm_pool")
 
 
-def _stages(features: nn.Module) -> tuple[tuple[Stage, ...], list[Tensor]]:
+def stages_of(features: nn.Module) -> tuple[tuple[Stage, ...], list[Tensor]]:
+    """The stages of a network's `features`, and their parameters, as `alexnet_triton.chain` takes them."""
     stages: list[Stage] = []
     parameters: list[Tensor] = []
     norm: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
@@ -430,7 +433,7 @@ def run(
     if interpreting():
         words = ["--target", target, "--variant", variant, "--dtype", dtype, "--batch", str(batch)]
         words += ([] if layer is None else ["--layer", layer]) + ["--all"] * copies + ["--json"] * machine_readable
-        return _run_compiled(words)
+        return run_compiled(["inspect", *words])
     rows = inspect(variant, dtype, batch, target, layers, copies, sys.stderr.isatty())
     broken = sum(len(row.broken) for row in rows)
     if machine_readable:
@@ -443,13 +446,11 @@ def run(
     return int(broken > 0)
 
 
-def _run_compiled(words: Sequence[str]) -> int:
+def run_compiled(words: Sequence[str]) -> int:
+    """Run a command of the package in another Python, without Triton's interpreter, and give its exit code."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "alexnet_triton", "inspect", *words]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen([sys.executable, "-m", "alexnet_triton", *words], env=environment) as child:
         try:
-            out, _ = child.communicate()
+            return child.wait()
         except KeyboardInterrupt:
             return child.wait()  # it was interrupted too, and has said so
-    sys.stdout.write(out)
-    return child.returncode

@@ -1,0 +1,222 @@
+"""Work that is found, tried, checked, timed and kept; on the interpreter with a made-up clock, and as a dry run."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from alexnet_triton import chain, configs
+from alexnet_triton.configs import cache
+from alexnet_triton.kernels import config, launch, linear
+from alexnet_triton.kernels.config import ConvConfig, ConvProblem, LinearConfig, LinearProblem
+from alexnet_triton.kernels.target import TARGETS
+from alexnet_triton.stages import ConvStage, PoolStage
+from alexnet_triton.tuning import autotune
+from alexnet_triton.tuning.autotune import Figures, Options, Trial, Tuned
+from alexnet_triton.tuning.candidates import Objection
+from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.works import Work, works
+from alexnet_triton.variants import VARIANTS
+
+H100 = TARGETS["sm_90"]
+PROBLEM = LinearProblem(4, 8, 16, "forward", False, torch.float32, True)
+A, B, C = (LinearConfig(16, 16, 16, splits, 4, 1) for splits in (1, 2, 3))
+
+
+# --- work ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layer_and_direction_has_its_work(variant):
+    found = works(variant, torch.bfloat16, 2, H100)
+    places = [(work.layer, work.direction) for work in found]
+    pools = [(name, "weight gradient") for name in LAYERS if name.startswith("pool")]
+    assert sorted(places) == sorted({(name, d) for name in LAYERS for d in DIRECTIONS} - set(pools))
+    for work in found:
+        assert work.problem.images == 2
+        with launch.recording(H100) as launches:
+            work.again(work.problem.default(H100))
+        assert sum(one.kernel.fn.__name__ in autotune.TUNED for one in launches) == 1, work.place
+
+
+def test_work_done_again_with_another_config_gives_the_same_answer():
+    stages = (
+        ConvStage((2, 2), (1, 1), 1, True, True),
+        PoolStage(5, 1e-4, 0.75, 2.0, (3, 3), (2, 2), (0, 0), False, 1),
+        ConvStage((1, 1), (1, 1), 1, True, False),
+    )
+    x = torch.randn(2, 3, 17, 17)
+    parameters = [torch.randn(16, 3, 3, 3), torch.randn(16), torch.randn(16, 16, 3, 3)]
+    with launch.offered() as offers:
+        out, saved = chain.forward(x, parameters, stages, True, False)
+        chain.backward(torch.randn_like(out), x, out, saved, parameters, stages, [True] * 4, False)
+    assert len(offers) == 3 + 5
+    small = {
+        config.ConvProblem: ConvConfig(16, 16, 0, 16, 4, 1),
+        config.WeightGradientProblem: config.WeightGradientConfig(16, 16, 0, 16, 3, 4, 1),
+        config.NormPoolProblem: config.NormPoolConfig(32, 4, 1, 1),
+    }
+    for problem, again in offers:
+        first, other = (
+            autotune._answers(again(c)) for c in (problem.default(launch.INTERPRETER), small[type(problem)])
+        )
+        for a, b in zip(first, other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_offered_where_nobody_listens_or_the_config_is_given():
+    x, weight = torch.randn(2, 16), torch.randn(8, 16)
+    linear.dropout_linear(x, weight, None, None, 0.0, False)
+    with launch.offered() as offers:
+        linear.dropout_linear(x, weight, None, None, 0.0, False, A)
+    assert offers == []
+
+
+# --- checking and timing ------------------------------------------------------------------------------------
+
+
+def linear_work(again=None):
+    x, weight = torch.randn(4, 16), torch.randn(8, 16)
+    right = lambda chosen: linear.dropout_linear(x, weight, None, None, 0.0, False, chosen)  # noqa: E731
+    return Work("fc8", "forward", PROBLEM, (lambda chosen: again(chosen, right)) if again else right)
+
+
+def clock(seconds):
+    def time(functions, rounds):
+        for function in functions.values():
+            function()
+        return {chosen: seconds[chosen] for chosen in functions}
+
+    return time
+
+
+def test_right_answers_are_timed():
+    trials = autotune.time_candidates(linear_work(), [Trial(A), Trial(B)], clock({A: 2.0, B: 1.0}))
+    assert [trial.seconds for trial in trials] == [2.0, 1.0]
+    assert not any(trial.objection for trial in trials)
+
+
+def test_wrong_answers_and_refusals_are_not():
+    def again(chosen, right):
+        if chosen == C:
+            raise RuntimeError("out of resources\nand more")
+        return right(chosen) * (1.001 if chosen == B else 1)
+
+    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B), Trial(C)], clock({A: 2.0}))
+    assert [trial.seconds for trial in trials] == [2.0, None, None]
+    assert trials[1].objection.reason == "its answer is wrong"
+    assert str(trials[2].objection) == "it cannot be launched: out of resources"
+
+
+def test_what_a_candidate_leaves_unwritten_is_wrong():
+    def again(chosen, right):
+        return launch.empty((4, 8), torch.ones(1)) if chosen == B else right(chosen)
+
+    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B)], clock({A: 2.0}))
+    assert trials[1].objection.reason == "its answer is wrong"
+
+
+def test_what_was_pruned_is_neither_run_nor_timed():
+    def again(chosen, right):
+        assert chosen == A
+        return right(chosen)
+
+    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B, Objection("spills"))], clock({A: 1.0}))
+    assert trials[1].seconds is None
+
+
+# --- the choice ---------------------------------------------------------------------------------------------
+
+
+def measured(**seconds):
+    return [Trial(c, seconds=seconds[name]) for name, c in zip("abc", (A, B, C), strict=True) if name in seconds]
+
+
+def test_the_default_stays_unless_another_gains_more_than_the_noise():
+    assert autotune.choose_best(measured(a=1.0, b=0.99), "measured", Counter()).config == A
+    assert autotune.choose_best(measured(a=1.0, b=0.9), "measured", Counter()).config == B
+    modelled = [Trial(A, cycles=100), Trial(B, cycles=96)]
+    assert autotune.choose_best(modelled, "modelled", Counter()).config == A
+
+
+def test_of_ties_the_one_wins_that_other_batches_chose():
+    trials = measured(a=1.0, b=0.500, c=0.505)
+    assert autotune.choose_best(trials, "measured", Counter()).config == B
+    assert autotune.choose_best(trials, "measured", Counter({C: 1})).config == C
+    assert autotune.choose_best(measured(a=1.0, b=0.5, c=0.6), "measured", Counter({C: 9})).config == B
+
+
+def test_the_compilers_figures_prune_and_stretch():
+    trials = [Trial(A, cycles=10), Trial(B, cycles=10), Trial(C, cycles=10)]
+    figures = {A: Figures(None, 0.4), B: Figures(None, 0.9), C: Figures(Objection("registers spill"), None)}
+    done = autotune._with_figures(trials, figures)
+    assert [trial.objection and trial.objection.reason for trial in done] == [
+        None, "its loop takes too many issue slots", "registers spill",
+    ]  # fmt: skip
+    assert [trial.cycles for trial in done] == [10, 18, 10]
+
+
+def test_what_is_kept_is_what_a_launch_then_gets(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALEXNET_TRITON_CACHE", str(tmp_path))
+    import triton
+
+    problem = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, torch.bfloat16, False)
+    chosen, card = ConvConfig(64, 32, 0, 64, 4, 2), "NVIDIA Test"
+    trials = (Trial(problem.default(H100), seconds=2e-4), Trial(chosen, seconds=1e-4))
+    result = Tuned("conv3", "forward", problem, trials, trials[1])
+    autotune._keep([result], card, "measured", triton.__version__)
+    before = config.look_up_with(configs.lookup)
+    try:
+        assert config.choose(H100._replace(card=card), problem) == chosen
+    finally:
+        config.look_up_with(before)
+        configs.forget()
+    [kept] = cache.read(cache.cache_path())[card][cache.problem_key(problem)].values()
+    assert (kept.source, kept.seconds, kept.default_seconds) == ("measured", 1e-4, 2e-4)
+
+
+def test_a_row_and_the_summary_say_what_was_tried_and_why_not():
+    trials = (
+        Trial(A, seconds=2e-4),
+        Trial(B, seconds=1e-4),
+        Trial(C, Objection("registers spill", "8 bytes a thread")),
+    )
+    result = Tuned("fc8", "forward", PROBLEM, trials, trials[1])
+    row = autotune.format_row(result)
+    assert row.split()[:7] == ["fc8", "forward", "4", "3", "2", "100.0", "us"]
+    assert "2.00" in row
+    assert "splits=2" in row
+    text = autotune.summary([result], "measured")
+    assert "3 candidates, 1 pruned (33%), 2 timed" in text
+    assert "1  registers spill" in text
+    assert "1 of 1 problems gain" in text
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_needs_no_gpu_compiles_prunes_and_exports(tmp_path, capfd):
+    path = tmp_path / "h100.json"
+    options = Options("paper", (1, 2), layer="fc8", direction="forward", dry_run=True, export=path, jobs=1)
+    assert autotune.run(options) == 0
+    out = capfd.readouterr().out
+    assert "a model's estimate for H100 (sm_90), nothing is measured" in out
+    assert "would be timed" in out
+    [batches] = cache.parse(path.read_text())["h100"].values()
+    assert sorted(batches) == [1, 2]
+    assert {one.source for one in batches.values()} == {"modelled"}
+    assert all(math.isfinite(cache.config_of(one, LinearProblem).splits) for one in batches.values())
+
+
+def test_a_spent_budget_is_said_and_ends_the_work(capfd):
+    options = Options("paper", (1,), layer="fc8", dry_run=True, budget=1e-3, jobs=1)
+    assert autotune.run(options) == 0
+    assert "3 problems are left: the budget of 0.001 s is spent" in capfd.readouterr().out
+
+
+def test_without_a_gpu_only_a_dry_run_is_possible(capfd):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    assert autotune.run(Options()) == 2
+    assert "this machine has no GPU: with --dry-run" in capfd.readouterr().err

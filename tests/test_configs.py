@@ -1,0 +1,301 @@
+"""Which config a launch gets, and the files that say so."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+import triton
+
+from alexnet_triton import configs
+from alexnet_triton.configs import cache
+from alexnet_triton.kernels import config, launch
+from alexnet_triton.kernels.config import (
+    ConvProblem,
+    LinearProblem,
+    NormPoolProblem,
+    WeightGradientProblem,
+)
+from alexnet_triton.kernels.target import TARGETS
+
+HALF = torch.bfloat16
+CONV = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, HALF, False)
+PROBLEMS = [
+    CONV,
+    WeightGradientProblem(128, 14, 14, 384, 256, 3, 3, 1, HALF, False),
+    LinearProblem(128, 4096, 9216, "data gradient", True, HALF, False),
+    NormPoolProblem(128, 29, 29, 96, (3, 3), (2, 2), 5, False, HALF),
+]
+CARD = "NVIDIA Test 80GB"
+TARGET = TARGETS["sm_90"]._replace(card=CARD)
+ONE = config.ConvConfig(64, 32, 0, 64, 4, 2)
+OTHER = config.ConvConfig(64, 64, 0, 64, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """The user's cache lies in a folder of the test's own, and nobody has looked anything up."""
+    monkeypatch.setenv("ALEXNET_TRITON_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "_reported", set())
+    before = config.look_up_with(configs.lookup)
+    configs.forget()
+    yield tmp_path
+    config.look_up_with(before)
+    configs.forget()
+
+
+def entry(chosen=ONE, **facts):
+    return cache.entry_of(chosen, "measured", ConvProblem, triton.__version__)._replace(**facts)
+
+
+def keep(*batches, chosen=ONE, **facts):
+    found = {batch: entry(chosen, **facts) for batch in batches}
+    cache.merge(cache.cache_path(), {CARD: {cache.problem_key(CONV): found}})
+    configs.forget()
+
+
+def ship(monkeypatch, *batches, chosen=OTHER):
+    shipped = {cache.problem_key(CONV): {batch: entry(chosen) for batch in batches}}
+    monkeypatch.setattr(configs, "shipped", cached(lambda card: shipped))
+
+
+def cached(function):
+    function.cache_clear = lambda: None
+    return function
+
+
+# --- which one ----------------------------------------------------------------------------------------------
+
+
+def test_without_any_file_the_rule_decides():
+    for problem in PROBLEMS:
+        assert config.choose(TARGET, problem) == problem.default(TARGET)
+
+
+def test_a_tuned_config_is_taken_for_its_very_shape_and_card():
+    keep(128)
+    assert config.choose(TARGET, CONV) == ONE
+    for other in (CONV._replace(filters=192), CONV._replace(bordered=False), CONV._replace(dtype=torch.float16)):
+        assert config.choose(TARGET, other) == other.default(TARGET)
+    assert config.choose(TARGET._replace(card="NVIDIA Other"), CONV) == CONV.default(TARGET)
+
+
+def test_the_users_entry_comes_before_the_shipped_one_and_a_batch_before_its_neighbour(monkeypatch):
+    ship(monkeypatch, 64, 128)
+    keep(128)
+    assert config.choose(TARGET, CONV) == ONE  # the user's, exactly
+    assert config.choose(TARGET, CONV._replace(images=64)) == OTHER  # shipped, exactly: before the user's neighbour
+    assert config.choose(TARGET, CONV._replace(images=200)) == ONE  # of two equally near, the user's
+    assert config.choose(TARGET, CONV._replace(images=40)) == OTHER  # the nearest
+
+
+def test_a_batch_too_far_from_any_other_takes_the_rules():
+    keep(16)
+    assert config.choose(TARGET, CONV._replace(images=64)) == ONE
+    for images in (3, 65):
+        problem = CONV._replace(images=images)
+        assert config.choose(TARGET, problem) == problem.default(TARGET)
+    empty = CONV._replace(images=0)
+    assert config.choose(TARGET, empty) == empty.default(TARGET)
+
+
+@pytest.mark.parametrize("facts", [{"triton": "0.1"}, {"kernel": "of other code"}])
+def test_what_was_tuned_with_another_triton_or_other_kernels_does_not_count(facts):
+    keep(128, **facts)
+    assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+
+
+def test_a_shipped_entry_counts_for_every_triton_but_for_its_kernels_alone(monkeypatch):
+    for facts, expected in (({"triton": "0.1"}, OTHER), ({"kernel": "of other code"}, CONV.default(TARGET))):
+        shipped = {cache.problem_key(CONV): {128: entry(OTHER, **facts)}}
+        monkeypatch.setattr(configs, "shipped", cached(lambda card, shipped=shipped: shipped))
+        configs.forget()
+        assert config.choose(TARGET, CONV) == expected
+
+
+def test_a_config_is_looked_up_once_in_a_process(monkeypatch):
+    keep(128)
+    asked = []
+    config.look_up_with(lambda *what: (asked.append(what), configs.lookup(*what))[1])
+    for _ in range(3):
+        assert config.choose(TARGET, CONV) == ONE
+    assert len(asked) == 1
+
+
+def test_the_interpreter_has_no_tuned_configs(monkeypatch):
+    monkeypatch.setattr(cache, "problem_key", lambda problem: pytest.fail("a file was asked"))
+    config.choose(launch.target_of(torch.device("cpu")), CONV)
+
+
+def test_shipped_files_are_found_by_a_word_of_the_cards_name_and_fit_these_kernels():
+    folder = os.path.dirname(configs.__file__)
+    names = [name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")]
+    for name in names:
+        found = configs.shipped(f"NVIDIA {name.upper()} 80GB HBM3")
+        assert found
+        for problem, batches in found.items():
+            op = next(op for op, word in cache.OPS.items() if problem.startswith(f"{word} "))
+            for one in batches.values():
+                cache.config_of(one, op)
+                assert one.kernel == cache.kernel_hash(cache.OPS[op]), f"{name}: {problem} is of other kernels"
+    assert configs.shipped("Apple M9") == {}
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_entries_survive_a_file():
+    for problem in PROBLEMS:
+        chosen = problem.default(TARGET)
+        one = cache.entry_of(chosen, "modelled", type(problem), "3.8.0", seconds=1e-4, date="2026-01-01")
+        cards = {"a": {cache.problem_key(problem): {1: one, 128: one}}}
+        assert cache.parse(cache.text_of(cards)) == cards
+        assert cache.config_of(one, type(problem)) == chosen
+
+
+def test_a_key_names_everything_but_the_batch():
+    for problem in PROBLEMS:
+        assert cache.problem_key(problem) == cache.problem_key(problem._replace(images=5))
+        for name in problem._fields[1:]:
+            changed = problem._replace(**{name: "changed"})
+            assert cache.problem_key(changed) != cache.problem_key(problem), name
+
+
+def test_the_hash_follows_the_code_and_not_its_comments(tmp_path, monkeypatch):
+    digests = []
+    for text in ("a = 1  # one\n", "a = 1\n\n# two\n", "a = 2\n"):
+        path = tmp_path / "kernel.py"
+        path.write_text(text)
+        found = type("Spec", (), {"origin": str(path)})
+        monkeypatch.setattr(cache.importlib.util, "find_spec", lambda name, found=found: found)
+        digests.append(cache.kernel_hash.__wrapped__("conv"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+GOOD = cache.text_of({CARD: {cache.problem_key(CONV): {128: entry()}}})
+BROKEN = {
+    "empty": "",
+    "truncated": GOOD[: len(GOOD) // 2],
+    "not JSON": "configs",
+    "a list": "[]",
+    "another version": GOOD.replace('"version": 1', '"version": 2'),
+    "cards of a wrong type": '{"version": 1, "cards": []}',
+    "problems of a wrong type": '{"version": 1, "cards": {"a": 3}}',
+    "batches of a wrong type": '{"version": 1, "cards": {"a": {"b": []}}}',
+    "a batch that is no number": GOOD.replace('"128"', '"many"'),
+    "an entry of a wrong type": '{"version": 1, "cards": {"a": {"b": {"1": null}}}}',
+    "an entry without a source": GOOD.replace('"source": "measured", ', ""),
+    "a source that is none": GOOD.replace('"measured"', '"guessed"'),
+    "a config that is no mapping": GOOD.replace("384", "1").replace('"config": {', '"config": [{').replace("2}", "2}]"),
+    "a time that is no number": GOOD.replace('"source"', '"seconds": "fast", "source"'),
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_cache_is_reported_once_and_ignored(name):
+    assert BROKEN[name] != GOOD
+    cache.cache_path().write_text(BROKEN[name])
+    with pytest.warns(UserWarning, match=r"tuned configs in .*configs.json are ignored: "):
+        assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+    configs.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+
+
+def test_bytes_that_are_no_text_and_a_folder_in_the_files_place_are_ignored_too(folder):
+    path = cache.cache_path()
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.warns(UserWarning, match="are ignored"):
+        assert cache.read(path) == {}
+    with pytest.warns(UserWarning, match="are ignored"):
+        assert cache.read(folder) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"block_npq": 48}, {"block_npq": "64"}, {"stages": 0}, {"warps": True}, {"extra_k": -1}, {"unknown": 1}],
+    ids=str,
+)
+def test_a_config_that_no_kernel_can_take_is_ignored_and_said(change):
+    wrong = entry()._replace(config={**dataclasses.asdict(ONE), **change})
+    cache.merge(cache.cache_path(), {CARD: {cache.problem_key(CONV): {128: wrong}}})
+    with pytest.warns(UserWarning, match="a tuned config is ignored"):
+        assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+
+
+def test_a_cache_that_cannot_be_read_or_written(folder):
+    if os.geteuid() == 0:  # root reads everything: a file where a folder is needed refuses root too
+        (folder / "file").write_text("")
+        path = folder / "file" / "configs.json"
+    else:
+        path = folder / "closed" / "configs.json"
+        path.parent.mkdir(mode=0o500)
+    with pytest.raises(OSError, match="file|closed"):
+        cache.merge(path, {CARD: {"a": {1: entry()}}})
+
+
+def test_merging_keeps_what_was_there_and_replaces_the_same_batch():
+    keep(1, 128)
+    keep(128, chosen=OTHER)
+    found = cache.read(cache.cache_path())[CARD][cache.problem_key(CONV)]
+    assert {images: cache.config_of(one, ConvProblem) for images, one in found.items()} == {1: ONE, 128: OTHER}
+
+
+def run(code, *arguments):
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+
+
+MERGE = """
+import sys
+from pathlib import Path
+from alexnet_triton.configs import cache
+one = cache.Entry({}, "measured", "3", "hash")
+print("ready", flush=True)
+for number in range(int(sys.argv[3])):
+    cache.merge(Path(sys.argv[1]), {"card": {f"{sys.argv[2]} {number}": {1: one}}})
+"""
+
+
+def test_processes_that_tune_at_once_lose_nothing():
+    path = cache.cache_path()
+    processes = [run(MERGE, path, name, 20) for name in "abc"]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(cache.read(path)["card"]) == 60
+
+
+def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one():
+    path = cache.cache_path()
+    for moment in (0.0, 0.01, 0.03, 0.1):
+        process = run(MERGE, path, f"kill{moment}", 10_000)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait(30)
+        process.stdout.close()
+        if path.exists():
+            cache.parse(path.read_text())
+    keep(128)  # and the lock of the dead hinders nobody
+    assert config.choose(TARGET, CONV) == ONE
+
+
+def test_the_cache_lies_where_the_variable_says_else_in_the_users_folder(monkeypatch, tmp_path):
+    assert cache.cache_path() == tmp_path / "configs.json"
+    monkeypatch.delenv("ALEXNET_TRITON_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    if sys.platform == "linux":
+        assert str(cache.cache_path()) == "/somewhere/alexnet_triton/configs.json"
+
+
+def test_a_file_is_json_that_people_can_read():
+    keep(1, 128)
+    text = cache.cache_path().read_text()
+    assert json.loads(text)["version"] == 1
+    assert sum('"config"' in line for line in text.splitlines()) == 2
