@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from alexnet_triton.kernels import config, launch, linear
 from alexnet_triton.kernels.config import ConvConfig, ConvProblem, LinearConfig, LinearProblem
 from alexnet_triton.kernels.target import TARGETS
 from alexnet_triton.stages import ConvStage, PoolStage
-from alexnet_triton.tuning import autotune
+from alexnet_triton.tuning import autotune, candidates
 from alexnet_triton.tuning.autotune import Figures, Options, Trial, Tuned
 from alexnet_triton.tuning.candidates import Objection
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
@@ -148,13 +149,20 @@ def test_of_ties_the_one_wins_that_other_batches_chose():
 
 
 def test_the_compilers_figures_prune_and_stretch():
-    trials = [Trial(A, cycles=10), Trial(B, cycles=10), Trial(C, cycles=10)]
-    figures = {A: Figures(None, 0.4), B: Figures(None, 0.9), C: Figures(Objection("registers spill"), None)}
-    done = autotune._with_figures(trials, figures)
-    assert [trial.objection and trial.objection.reason for trial in done] == [
-        None, "its loop takes too many issue slots", "registers spill",
-    ]  # fmt: skip
-    assert [trial.cycles for trial in done] == [10, 18, 10]
+    problem = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, torch.bfloat16, False)
+    default = problem.default(H100)
+    spills, waits, fits = (replace(default, stages=stages) for stages in (2, 3, 5))
+    figures = {
+        default: Figures(None, 0.4),
+        spills: Figures(Objection("registers spill"), None),
+        waits: Figures(None, 0.9),
+        fits: Figures(None, 0.5),
+    }
+    done = autotune._with_figures(problem, [Trial(config) for config in figures], figures, H100)
+    reasons = [trial.objection and trial.objection.reason for trial in done]
+    assert reasons == [None, "registers spill", "its tiles and its loop's instructions need more cycles", None]
+    assert [trial.issue_share for trial in done] == [0.4, None, 0.9, 0.5]
+    assert done[2].cycles == candidates.cycles(problem, waits, H100, 0.9)
 
 
 def test_what_is_kept_is_what_a_launch_then_gets(tmp_path, monkeypatch):

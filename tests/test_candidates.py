@@ -59,9 +59,18 @@ def test_cycles_count_waves_and_what_wide_tiles_save():
     config = ConvConfig(128, 128, 0, 64, 8, 3)
     once = candidates.cycles(one_wave, config, H100)
     assert candidates.cycles(one_wave._replace(out_h=133), config, H100) == 2 * once  # one program waits for a second
-    assert once == 9 * 192 * 128 * 128 / candidates.PRODUCTS
+    assert once == 9 * 192 * 128 * 128 / 2048
     narrow = ConvConfig(128, 32, 0, 64, 4, 3)
     assert candidates.cycles(one_wave, narrow, H100) > 2 * once  # it asks L2 for the rows four times
+
+
+def test_a_loop_that_waits_for_instructions_costs_more_unless_memory_is_what_limits():
+    config = ConvConfig(128, 128, 0, 64, 8, 3)
+    free, half, waits = (candidates.cycles(CONV, config, H100, share) for share in (0.0, 0.5, 0.8))
+    assert (half, waits) == (free, pytest.approx(1.6 * free))
+    reads = LinearProblem(1, 4096, 9216, "forward", False, HALF, False)
+    one = LinearConfig(16, 32, 128, 1, 4, 3)
+    assert candidates.cycles(reads, one, H100, 0.9) == candidates.cycles(reads, one, H100)
 
 
 def test_splitting_pays_for_its_partial_sums():

@@ -144,20 +144,23 @@ def _pruned(problem: Problem, tried: Sequence[Config], target: Target) -> list[T
     return [Trial(c, objections.get(c), None, candidates.cycles(problem, c, target)) for c in tried]
 
 
-def _with_figures(trials: Sequence[Trial], figures: Mapping[Config, Figures]) -> tuple[Trial, ...]:
-    """Trials after compiling. A loop that keeps the tensor cores waiting, where another's does not, is an objection."""
-    shares = [share for _, share in figures.values() if share is not None]
-    least = min(shares, default=0.0)
+def _with_figures(
+    problem: Problem, trials: Sequence[Trial], figures: Mapping[Config, Figures], target: Target
+) -> tuple[Trial, ...]:
+    """Trials after compiling: the cycles count what the loop's instructions cost, and whoever needs too many goes."""
     found = []
-    for number, trial in enumerate(trials):
-        if trial.config not in figures:
-            found.append(trial)
-            continue
-        objection, share = figures[trial.config]
-        if objection is None and share is not None and number and share > max(0.6, 1.5 * least):
-            objection = Objection("its loop takes too many issue slots", f"{share:.0%}, another's {least:.0%}")
-        cycles = trial.cycles * max(1.0, 2 * (share or 0.0))
-        found.append(replace(trial, objection=objection, issue_share=share, cycles=cycles))
+    for trial in trials:
+        if trial.config in figures:
+            objection, share = figures[trial.config]
+            cycles = candidates.cycles(problem, trial.config, target, share or 0.0)
+            trial = replace(trial, objection=objection, issue_share=share, cycles=cycles)
+        found.append(trial)
+    least = min(trial.cycles for trial in found if trial.objection is None)
+    for number, trial in enumerate(found[1:], 1):
+        times = trial.cycles / least
+        if trial.objection is None and times > candidates.MOST_CYCLES:
+            why = Objection("its tiles and its loop's instructions need more cycles", f"{times:.1f} times the least")
+            found[number] = replace(trial, objection=why)
     return tuple(found)
 
 
@@ -391,7 +394,7 @@ def _tuned(options: Options, target: Target, dtype: torch.dtype, source: str, en
                 yield None
                 continue
             tried = [trial.config for trial in trials if trial.objection is None]
-            done = _with_figures(trials, dict(zip(tried, figures, strict=True)))
+            done = _with_figures(work.problem, trials, dict(zip(tried, figures, strict=True)), target)
             if source == "measured":
                 if batch not in on_card:
                     on_card = {batch: works(options.variant, dtype, batch)}
@@ -415,7 +418,7 @@ def _clock() -> Clock:
 
 # --- the table ----------------------------------------------------------------------------------------------
 
-_HEADER = f" {'layer':<6}{'direction':<16}{'batch':>6}{'tried':>7}{'timed':>7}{'best':>12}{'gain':>7}  config"
+_HEADER = f" {'layer':<6}{'direction':<16}{'batch':>6}{'tried':>7}{'timed':>7}{'best':>14}{'gain':>7}  config"
 
 
 def _title(options: Options, target: Target) -> str:
@@ -435,7 +438,7 @@ def format_row(tuned: Tuned) -> str:
         gain = f"{tuned.gain:.2f}"
     name = "the default" if best is tuned.trials[0] else _brief(best.config)
     counts = f"{tuned.problem.images:>6,}{len(tuned.trials):>7}{len(tuned.survivors):>7}"
-    return f" {tuned.layer:<6}{tuned.direction:<16}{counts}{cost:>12}{gain:>7}  {name}"
+    return f" {tuned.layer:<6}{tuned.direction:<16}{counts}{cost:>14}{gain:>7}  {name}"
 
 
 def _brief(config: Config) -> str:

@@ -23,6 +23,7 @@ from alexnet_triton.kernels.config import (
     WeightGradientProblem,
 )
 from alexnet_triton.kernels.target import Target, cdiv, power_of_two
+from alexnet_triton.tuning.compiler import PRODUCTS_PER_CYCLE
 
 MOST_WASTE = 0.25
 """Share of a launch's products that may fall outside the answer, unless every candidate wastes more."""
@@ -41,9 +42,6 @@ MOST_CYCLES = 1.25
 
 L2_BYTES, MEMORY_BYTES = 64, 13
 """Bytes a cycle that a multiprocessor draws from the second-level cache, and its share of the memory's: an H100's."""
-
-PRODUCTS = 2048
-"""Multiply-adds a cycle and multiprocessor, of 16-bit numbers: Hopper's. The ranking needs the right order alone."""
 
 WIDTHS = ((32, 0), (64, 0), (64, 32), (128, 0), (128, 64), (256, 0))
 """Block and extra block of filters."""
@@ -153,11 +151,17 @@ def waste(problem: Problem, config: Config) -> float:
     return 1 - rows * columns / (cdiv(rows, height) * height * cdiv(columns, width) * width)
 
 
-def cycles(problem: Problem, config: Config, target: Target) -> float:
+def cycles(problem: Problem, config: Config, target: Target, issue_share: float = 0.0) -> float:
     """Cycles of the busiest multiprocessor by the arithmetic of the tiles: their products, or what they ask of L2.
 
     No fewer than the memory needs for operands and answer, each moved once; partial sums of splits are written and read
     once more. Only ratios between configs of one problem mean anything.
+
+    Args:
+        problem: what is to be done.
+        config: how.
+        target: where.
+        issue_share: of the loop, as the compiler tells it: from a half on the products wait for instructions.
     """
     if isinstance(problem, NormPoolProblem):
         return 1.0
@@ -175,7 +179,8 @@ def cycles(problem: Problem, config: Config, target: Target) -> float:
         splits, groups, reduction = 1, problem.groups, problem.taps_h * problem.taps_w * problem.depth
         moved = rows * (problem.depth + columns) + reduction * columns
     length = cdiv(reduction, splits)
-    program = length * max(height * width / PRODUCTS, (height + width) * itemsize / L2_BYTES)
+    products = height * width / PRODUCTS_PER_CYCLE.get(target.arch, PRODUCTS_PER_CYCLE[90]) * max(1.0, 2 * issue_share)
+    program = length * max(products, (height + width) * itemsize / L2_BYTES)
     sums = 2 * splits * groups * rows * columns * 4 if splits > 1 else 0
     memory = target.multiprocessors * MEMORY_BYTES
     return max(cdiv(programs, target.multiprocessors) * program, groups * moved * itemsize / memory) + sums / memory
