@@ -89,6 +89,9 @@ def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, g
     block_k, extra_k = _width(target, filters, 64 if full else 128)
     block_crs = 32 if full else 64
     block_npq = 64 if full or pixels <= 4096 else 128
+    # A small batch has few tiles: narrower ones keep more of the card busy.
+    while block_k > 32 and 2 * _tiles(pixels, block_npq, filters, block_k + extra_k, groups) <= target.multiprocessors:
+        block_k, extra_k = block_k // 2, 0
     # Where shared memory holds one program alone, all warps must be its own; and at four 128x64 spills on sm_120.
     alone = target.backend == "cuda" and target.shared_memory < 128 << 10
     # Float32 operands in registers let four warps spill, at any tile.
@@ -113,8 +116,10 @@ def weight_gradient_config(
     block_crs = 64 if full else 128
     # In float32 four warps on NVIDIA's side spill at 32 rows; on AMD's, twice as many threads need them for wide loads.
     block_npq = 64 if not full else 16 if target.backend == "cuda" else 32
-    tiles = cdiv(reduction, block_crs) * cdiv(filters, block_k + extra_k) * groups
+    tiles = _tiles(reduction, block_crs, filters, block_k + extra_k, groups)
     splits = max(1, min(2 * target.multiprocessors // tiles, steps // 4))
+    if reads_shared and block_crs == 128 and 2 * tiles * splits <= target.multiprocessors:  # as above
+        block_crs = 64
     # A turned operand that goes through registers lets four warps spill.
     warps = 4 if reads_shared and block_crs * (block_k + extra_k) < 128 * 128 else 8
     stages = min(4 if reads_shared else 3, _stages(target, dtype, block_npq * (block_crs + block_k + extra_k)))
@@ -123,6 +128,11 @@ def weight_gradient_config(
 
 LARGEST_TILE = 1 << 20
 """Elements that Triton allows a tile."""
+
+
+def _tiles(rows: int, block_rows: int, columns: int, block_columns: int, groups: int) -> int:
+    """Tiles of a product of `rows` by `columns` a group."""
+    return cdiv(rows, block_rows) * cdiv(columns, block_columns) * groups
 
 
 def _rows(rows: int, columns: int) -> int:

@@ -78,6 +78,14 @@ def test_without_any_file_the_rule_decides():
         assert config.choose(TARGET, problem) == problem.default(TARGET)
 
 
+@pytest.mark.parametrize("images", [1, 4, 16, 128])
+def test_a_small_batch_gets_narrow_tiles_before_the_card_stands_idle(images):
+    problem = CONV._replace(images=images)
+    rule = problem.default(TARGET)
+    programs = -(-images * 169 // rule.block_npq) * -(-384 // (rule.block_k + rule.extra_k))
+    assert rule.block_k == 32 or 2 * programs > TARGET.multiprocessors
+
+
 def test_a_tuned_config_is_taken_for_its_very_shape_and_card():
     keep(128)
     assert config.choose(TARGET, CONV) == ONE
