@@ -98,7 +98,12 @@ class Result:
         device = str(self.machine["device"])
         if not self.measured:
             return f"a model's estimate for {device}"
-        return "on a CPU" if device.startswith("CPU") else f"on {device}"
+        return "on a CPU" if self.on_cpu else f"on {device}"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the machine is a CPU."""
+        return str(self.machine["device"]).startswith("CPU")
 
 
 def read(path: Path, benchmarks: Sequence[str]) -> Result:
@@ -112,13 +117,13 @@ def read(path: Path, benchmarks: Sequence[str]) -> Result:
         ValueError: the file is missing, no JSON, another benchmark's, lacks something, or has no row with a time.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # of the encoding, and of the JSON
         raise ValueError(f"{path} is no JSON file: {error}") from error
     wanted = " or ".join(f'"{name}"' for name in benchmarks)
-    benchmark = content.get("benchmark") if isinstance(content, dict) else None
+    benchmark: Any = content.get("benchmark") if isinstance(content, dict) else None
     if benchmark not in benchmarks:
         found = "no benchmark's name" if benchmark is None else f"benchmark {json.dumps(benchmark)}"
         raise ValueError(f"{path} holds {found}; this plot takes {wanted}")
@@ -158,17 +163,16 @@ def _check_fields(row: Any, fields: Mapping[str, type], where: str) -> None:
         raise ValueError(f"{where} is no object")
     given = {name: kind for name, kind in OPTIONAL.items() if row.get(name) is not None}
     for name, kind in {**given, **fields}.items():
-        value = row.get(name)
+        value: Any = row.get(name)
         if kind is float:
             least = "a number from 0 on" if name == "flop" else "a positive number"
             fits = _is_number(value) and (value > 0 or (name == "flop" and value == 0))
         elif kind is int:
             least, fits = "a count from 1 on", type(value) is int and value > 0
+        elif kind is str:
+            least, fits = "a text", isinstance(value, str) and value != ""
         else:
-            least, fits = (
-                {str: "a text", dict: "an object"}[kind],
-                isinstance(value, kind) and bool(value or kind is dict),
-            )
+            least, fits = "an object", isinstance(value, kind)
         if not fits:
             raise ValueError(f'{where}: "{name}" must be {least}, got {json.dumps(value)}')
 
@@ -179,20 +183,22 @@ def _is_number(value: Any) -> bool:
 
 def _times(row: Row, benchmark: str, where: str) -> dict[str, Mapping[str, float]]:
     if benchmark == "predict":
-        return {OURS: dict.fromkeys(("median", "p20", "p80"), row["estimate"])}
+        estimate: float = row["estimate"]
+        return {OURS: {"median": estimate, "p20": estimate, "p80": estimate}}
     times = row.get("times")
     if not isinstance(times, dict) or not times:
         raise ValueError(f'{where} has neither "times" nor "failed"')
     for peer, summary in times.items():
         for name in ("median", "p20", "p80"):
-            value = summary.get(name) if isinstance(summary, dict) else None
+            value: Any = summary.get(name) if isinstance(summary, dict) else None
             if not _is_number(value) or value <= 0:
                 raise ValueError(f'{where}: "{name}" of {peer} must be positive seconds, got {json.dumps(value)}')
     return dict(sorted(times.items(), key=lambda item: item[0] != OURS))
 
 
 def _check_candidate(row: Row, where: str) -> None:
-    time, pruned = row.get("time"), row.get("pruned")
+    time: Any = row.get("time")
+    pruned: Any = row.get("pruned")
     if time is not None and (not _is_number(time) or time <= 0):
         raise ValueError(f'{where}: "time" must be positive seconds or null, got {json.dumps(time)}')
     if pruned is not None and not isinstance(pruned, str):
@@ -273,11 +279,9 @@ def _figure(title: str, height: float, result: Result, notes: Iterable[str], fai
 
     facts = {name: value for name, value in result.machine.items() if value}
     line = [str(facts["device"])]
-    if line[0].startswith("CPU") and "threads" in facts:
+    if result.on_cpu and "threads" in facts:
         line.append(f"{facts['threads']} threads")
-    line += [
-        f"{name} {_plain(facts[name])}" for name in ("driver", "clocks", "torch", "triton", "python") if name in facts
-    ]
+    line += [f"{name} {facts[name]}" for name in ("driver", "clocks", "torch", "triton", "python") if name in facts]
     line += [str(facts["date"])] if "date" in facts else []
     line += [f"commit {facts['commit']}"] if "commit" in facts else []
     sentences = [", ".join(line), result.method, *notes]
@@ -309,10 +313,6 @@ def _settle(figure: Figure) -> None:
     """Lay a picture out, once: what is then placed by pixels stays right, and both its files look alike."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-
-
-def _plain(fact: Any) -> str:
-    return ", ".join(f"{name} {value}" for name, value in fact.items()) if isinstance(fact, dict) else str(fact)
 
 
 def _sentence(text: str) -> str:
@@ -365,9 +365,6 @@ def _tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-ROOF_TEXT = 1.35
-"""How many times as high a roof's text is than one right below it, on the logarithmic axis."""
-
 Drawn = Iterator[tuple[list[str], "Figure"]]
 """The words of a picture's file name after the plot's, and the picture."""
 
@@ -379,59 +376,96 @@ def roofline(result: Result) -> Drawn:
     """Arithmetic a second over arithmetic a byte, a panel for each direction (Williams, Waterman, Patterson 2009).
 
     Raises:
-        ValueError: the roofs of the rows' dtypes are missing, or no row has arithmetic.
+        ValueError: the roofs of the rows' dtypes are missing.
     """
     for (variant, dtype, batch), rows, failed in _pictures(result, "variant", "dtype", "batch"):
         copy, peaks = _roofs(result, dtype)
-        drawn = [row for row in rows if row["flop"]]
-        if not drawn:
-            raise ValueError(f"{result.path}: no layer of {variant}, {dtype}, batch {batch} has arithmetic to show")
-        directions = _in_order((row["direction"] for row in drawn), DIRECTIONS)
         unit, scale = ("TFLOP/s", 1e12) if peaks[dtype] >= 1e12 else ("GFLOP/s", 1e9)
-        source = "measured on this machine" if result.measured else "of a source that is not named"
-        if result.roofs.get("source"):
-            source = f"from {result.roofs['source']}"
-        notes = [f"Roofs {source}. Intensity: operations over the bytes that the fused op must move at least"]
-        if any("torch_bytes" in row for row in drawn):
-            notes[0] += "; of torch's ops, over what its separate passes (bias, ReLU, normalisation) move"
-        elif any(peer != OURS for row in drawn for peer in row["times"]):
-            notes[0] += "; torch's points stand at the same intensity, so arrows show time alone"
-        without = [f"{row['layer']} {row['direction']}" for row in rows if not row["flop"]]
-        if without:
-            notes.append(f"Without arithmetic, so not shown: {', '.join(without)}")
+        drawn, edge = _with_intensity(rows, max(peaks.values()) / copy)
+        directions = _in_order((row["direction"] for row in rows), DIRECTIONS)
         title = f"Roofline of AlexNet ({variant}), {dtype}, batch {batch}"
-        figure = _figure(title, 4.3 * len(directions), result, notes, failed)
+        figure = _figure(title, 4.3 * len(directions), result, _roofline_notes(result, rows), failed)
         grid = figure.subplots(len(directions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        peers = _peers(drawn)
         _limit(grid[0], drawn, copy, peaks, scale)
-        texts: dict[str, list[Any]] = {}
-        for axes, direction in zip(grid, directions, strict=True):
-            texts[direction] = _draw_roofs(axes, copy, peaks, dtype, unit, scale)
-            chosen = [row for row in drawn if row["direction"] == direction]
-            for peer, style in peers.items():
-                at = [(_intensity(row, peer), _speed(row, peer, scale)) for row in chosen if peer in row["times"]]
-                fill = style.colour if peer == OURS else "white"
-                axes.plot(
-                    [x for x, _ in at], [y for _, y in at], style.marker, color=style.colour, markerfacecolor=fill,
-                    markersize=6.5, markeredgewidth=1.6, label=_role(peer, result), zorder=4,
-                )  # fmt: skip
+        panels = {direction: [row for row in drawn if row["direction"] == direction] for direction in directions}
+        texts: list[list[Any]] = []
+        for axes, (direction, chosen) in zip(grid, panels.items(), strict=True):
+            texts.append(_draw_roofs(axes, copy, peaks, dtype, unit, scale))
+            if any(row["without"] for row in chosen):
+                axes.axvspan(axes.get_xlim()[0], edge, color="#eeeeee", zorder=0)
+                middle = math.sqrt(axes.get_xlim()[0] * edge)
+                of_axes = axes.get_xaxis_transform()
+                axes.text(middle, 0.97, "no matrix products", ha="center", va="top", fontsize=8, transform=of_axes)
+            _draw_points(axes, chosen, _peers(drawn), result, scale)
             axes.set_title(direction, loc="left", fontsize=10, fontweight="bold")
             axes.set_ylabel(f"arithmetic speed ({unit})")
             axes.set_xlabel("arithmetic intensity (FLOP per byte moved)")
             axes.tick_params(labelbottom=True)
             _tidy(axes)
-        _legend(figure, *grid[0].get_legend_handles_labels(), len(peers))
+        handles, labels = grid[0].get_legend_handles_labels()
+        _legend(figure, handles, labels, len(labels))
         _settle(figure)
-        for axes, direction in zip(grid, directions, strict=True):
-            chosen = [row for row in drawn if row["direction"] == direction]
-            _label_points(axes, chosen, scale, _roof_line(axes, copy, peaks[dtype], scale), texts[direction])
+        for axes, chosen, written in zip(grid, panels.values(), texts, strict=True):
+            _label_points(axes, chosen, scale, _roof_line(axes, copy, peaks[dtype], scale), written)
         yield [variant, dtype, f"batch{batch}"], figure
+
+
+def _with_intensity(rows: Sequence[Row], ridge: float) -> tuple[list[Row], float]:
+    """Rows that all have arithmetic, and the intensity left of which it is not theirs.
+
+    A layer without products has no place on a roofline. It gets one left of all others, side by side with its like,
+    as if it did so many operations a byte: there its distance from the copy roof shows its share of that roof.
+    """
+    real = [_intensity(row, peer) for row in rows if row["flop"] for peer in row["times"]]
+    edge = min([ridge, *real]) / 1.5
+    names = _in_order((row["layer"] for row in rows if not row["flop"]), LAYERS)
+    nominal = {name: edge / 1.3 / 1.8 ** (len(names) - 1 - number) for number, name in enumerate(names)}
+    drawn: list[Row] = []
+    for row in rows:
+        if row["flop"]:
+            drawn.append({**row, "without": False})
+        else:  # torch's point straight below, since bytes a second of the same bytes is what is compared
+            flop = row["bytes"] * nominal[row["layer"]]
+            drawn.append({**row, "without": True, "flop": flop, "torch_bytes": row["bytes"]})
+    return drawn, edge
+
+
+def _roofline_notes(result: Result, rows: Sequence[Row]) -> list[str]:
+    source = "measured on this machine" if result.measured else "of a source that is not named"
+    if result.roofs.get("source"):
+        source = f"from {result.roofs['source']}"
+    intensity = "Intensity: operations over the bytes that the fused op must move at least"
+    if any(row.get("torch_bytes") for row in rows):
+        intensity += "; of torch's ops, over what its separate passes (bias, ReLU, normalisation) move"
+    elif any(peer != OURS for row in rows for peer in row["times"]):
+        intensity += "; torch's points stand at the same intensity, so arrows show time alone"
+    notes = [f"Roofs: {source}", intensity]
+    names = _in_order((row["layer"] for row in rows if not row["flop"]), LAYERS)
+    if names:
+        notes.append(
+            f"No matrix products: {', '.join(names)}. They stand at the left, where the intensity means nothing and "
+            "the distance from the copy roof shows the share of it that they reach"
+        )
+    return notes
+
+
+def _draw_points(axes: Axes, rows: Sequence[Row], peers: Mapping[str, Style], result: Result, scale: float) -> None:
+    for peer, style in peers.items():
+        at = [(_intensity(row, peer), _speed(row, peer, scale)) for row in rows if peer in row["times"]]
+        role = f"{peer}{'' if result.measured else ', estimate'}"
+        if not result.on_cpu:  # there this package runs plain PyTorch too
+            role += " (fused)" if peer == OURS else " (unfused)"
+        axes.plot(
+            [x for x, _ in at], [y for _, y in at], style.marker, color=style.colour, markersize=6.5, zorder=4,
+            markeredgewidth=1.6, markerfacecolor=style.colour if peer == OURS else "none", label=role,
+        )  # fmt: skip
 
 
 def _roofs(result: Result, dtype: str) -> tuple[float, dict[str, float]]:
     """Bytes a second, and operations a second by dtype."""
     roofs = result.roofs if isinstance(result.roofs, dict) else {}
-    copy, tflops = roofs.get("copy_gbs"), roofs.get("tflops")
+    copy: Any = roofs.get("copy_gbs")
+    tflops: Any = roofs.get("tflops")
     found = tflops.items() if isinstance(tflops, dict) else ()
     peaks = {name: 1e12 * value for name, value in found if _is_number(value) and value > 0}
     if not _is_number(copy) or copy <= 0 or dtype not in peaks:
@@ -439,14 +473,8 @@ def _roofs(result: Result, dtype: str) -> tuple[float, dict[str, float]]:
     return 1e9 * copy, peaks
 
 
-def _role(peer: str, result: Result) -> str:
-    if peer == OURS:
-        return f"{peer} (fused)" if result.measured else f"{peer} (fused), estimate"
-    return f"{peer} (unfused)"
-
-
 def _intensity(row: Row, peer: str) -> float:
-    return row["flop"] / (row["bytes"] if peer == OURS else row.get("torch_bytes", row["bytes"]))
+    return row["flop"] / (row["bytes"] if peer == OURS else row.get("torch_bytes") or row["bytes"])
 
 
 def _speed(row: Row, peer: str, scale: float) -> float:
@@ -460,7 +488,7 @@ def _limit(axes: Axes, rows: Sequence[Row], copy: float, peaks: Mapping[str, flo
     left = min(*xs, ridge) / 2.5
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(left, 4 * max(*xs, ridge))
-    axes.set_ylim(min(*ys, copy * left / scale) / 1.5, 1.6 * ROOF_TEXT ** len(peaks) * max(*ys, top))
+    axes.set_ylim(min(*ys, copy * left / scale) / 1.5, 2.2 * max(*ys, top))
     _plain_log(axes.xaxis)
     _plain_log(axes.yaxis)
 
@@ -483,14 +511,15 @@ def _draw_roofs(axes: Axes, copy: float, peaks: Mapping[str, float], dtype: str,
             rotation_mode="anchor", transform_rotates_text=True, fontsize=8,
         )
     ]  # fmt: skip
-    below = 0.0
+    bottom, top = axes.get_ylim()
+    below, line_height = 0.0, (top / bottom) ** 0.045
     for name, peak in sorted(peaks.items(), key=lambda item: item[1]):
         own = name == dtype
         line: Any = "-" if own else (0, (4, 3))
         colour = "black" if own else "#666666"
         width = 1.6 if own else 1.0
         axes.plot([peak / copy, right], [peak / scale] * 2, linestyle=line, color=colour, linewidth=width)
-        height = max(peak / scale, below * ROOF_TEXT)  # above the text of a roof that is as high
+        height = max(peak / scale, below * line_height)  # above the text of a roof that is as high
         text = f"{name}: {_three_digits(peak / scale)} {unit}"
         texts.append(
             axes.annotate(
@@ -551,9 +580,10 @@ def _label_points(
         offset, box = _best_place(point, size, pixels, frame.extents, np.array(taken), others, written)
         written.append(box)
         far = abs(offset[0]) - size[0] / 2 > 11 * pixels or abs(offset[1]) - size[1] / 2 > 11 * pixels
+        at = tuple(axes.transData.inverted().transform(point))
         line = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
-            name, axes.transData.inverted().transform(point), offset / pixels, textcoords="offset points", ha="center",
+            name, at, tuple(offset / pixels), textcoords="offset points", ha="center",
             va="center", fontsize=9, parse_math=False, zorder=5, arrowprops=line if far else None,
         )  # fmt: skip
         if far:
@@ -678,7 +708,8 @@ def layers(result: Result) -> Drawn:
             direction: {row["layer"]: row for row in rows if row["direction"] == direction} for direction in directions
         }
         peers = _peers(rows)
-        longest = max(summary["median"] for row in rows for summary in row["times"].values())
+        ends = [summary[name] for row in rows for summary in row["times"].values() for name in ("median", "p80")]
+        longest = max(*ends, *(row["floor"] for row in rows))
         unit, scale = ("ms", 1e3) if longest >= 1e-2 else ("us", 1e6)
         counts = [len(panel) for panel in panels.values()]
         per_layer = 0.1 + 0.16 * len(peers)
@@ -806,6 +837,8 @@ def _draw_candidates(axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
 
 
 def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     counts = [Counter(_outcome(row) for row in rows) for rows in groups]
     total = sum(counts, Counter[str]())
     reasons = [name for name, _ in total.most_common() if name not in OUTCOMES]
@@ -823,8 +856,9 @@ def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) ->
         )
         left += widths
     axes.set_xlabel("candidates (count)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, *axes.get_legend_handles_labels(), 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes.get_legend_handles_labels()
+    _legend(figure, handles, labels, 1)
     _tidy(axes)
     axes.grid(False, axis="y")
 

@@ -13,7 +13,7 @@ from alexnet_triton.bench import plots
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
 
 MACHINE = {
-    "device": "Made-up Card 80GB", "driver": "570.1", "clocks": {"sm": "1980 MHz"}, "torch": "2.14.1",
+    "device": "Made-up Card 80GB", "driver": "570.1", "clocks": "1980 MHz", "torch": "2.14.1",
     "triton": "3.8.0", "date": "2026-11-25", "commit": "abc123",
 }  # fmt: skip
 CPU = {"device": "CPU: Made-up Processor", "threads": 2, "torch": "2.14.1", "date": "2026-11-25"}
@@ -77,7 +77,8 @@ def of_every_layer(**other):
     for number, name in enumerate(LAYERS):
         for direction in DIRECTIONS:
             if not (name.startswith("pool") and direction == "weight gradient"):
-                rows.append(layer(name, direction, 0.4e9 * 1.6**number, 66e6, **other))
+                flop = 0 if name.startswith("pool") else 0.4e9 * 1.6**number
+                rows.append(layer(name, direction, flop, 66e6, **other))
     return rows
 
 
@@ -87,9 +88,9 @@ def of_every_layer(**other):
 def test_roofline_labels_every_layer_in_every_direction_and_both_roofs(draw):
     (found,) = draw("roofline", result("layers", of_every_layer()))
     for name in LAYERS:
-        assert len(re.findall(rf"\b{name}\b", found)) == (2 if name.startswith("pool") else 3), name
+        assert len(re.findall(rf"\b{name}\b", found)) == 3, name  # a pooling's: two, and in the caption
     for text in (*DIRECTIONS, "copy: 3,000 GB/s", "bfloat16: 790 TFLOP/s", "float32: 55.0 TFLOP/s", "FLOP per byte",
-                 "alexnet_triton (fused)", "torch (unfused)", "Roofs measured on this machine"):  # fmt: skip
+                 "alexnet_triton (fused)", "torch (unfused)", "Roofs: measured on this machine"):  # fmt: skip
         assert text in found
 
 
@@ -140,6 +141,16 @@ def test_bars_show_time_and_times_the_floor_of_every_layer(draw):
         "(3.00x)",
     ):
         assert text in found
+
+
+def test_bars_spread_and_floors_all_fit_the_axes():
+    wide = layer("conv3")
+    wide["times"]["torch"]["p80"] = 10 * wide["times"]["torch"]["median"]
+    for rows in ([layer(), wide], [layer(floor=1.0)]):
+        (_, figure), *_ = plots.layers(read_result(result("layers", rows)))
+        (axes,) = figure.axes
+        assert len(axes.texts) == 2 * len(rows)
+        assert all(0 < text.xy[0] < axes.get_xlim()[1] for text in axes.texts)
 
 
 def test_throughput_has_a_line_a_peer_and_a_panel_a_task_variant_and_dtype(draw):
@@ -193,13 +204,14 @@ def test_a_dry_run_of_tuning_shows_what_was_pruned(draw):
 )  # fmt: skip
 def test_the_caption_names_device_versions_and_method_and_the_title_a_cpu(draw, kind, benchmark, row):
     (found,) = draw(kind, result(benchmark, [row]))
-    for text in ("Made-up Card 80GB", "driver 570.1", "clocks sm 1980 MHz", "torch 2.14.1", "triton 3.8.0",
+    for text in ("Made-up Card 80GB", "driver 570.1", "clocks 1980 MHz", "torch 2.14.1", "triton 3.8.0",
                  "2026-11-25", "commit abc123", "Median of 30 rounds."):  # fmt: skip
         assert text in found
     assert "CPU" not in found
     (found,) = draw(kind, result(benchmark, [row], machine=CPU))
     assert "on a CPU" in found
     assert "2 threads" in found
+    assert "(fused)" not in found
 
 
 @pytest.mark.parametrize("kind", ["roofline", "layers"])
@@ -211,7 +223,7 @@ def test_an_estimate_is_called_one(draw, kind):
     assert "a model's estimate for Made-up Card 80GB" in found
     assert "alexnet_triton" in found
     assert "measured on" not in found
-    assert ("Roofs from the data sheet" if kind == "roofline" else "200 us (2.77x, waves)") in found
+    assert ("Roofs: from the data sheet" if kind == "roofline" else "200 us (2.77x, waves)") in found
 
 
 def test_failed_rows_are_listed_where_they_belong_and_others_have_no_picture(draw):
@@ -235,9 +247,21 @@ def test_a_peer_without_a_time_in_one_direction_leaves_the_others_in_place(draw)
         assert "conv3" in found
 
 
-def test_layers_without_arithmetic_are_named_below_the_roofline(draw):
-    (found,) = draw("roofline", result("layers", [layer(), layer("pool5", flop=0)]))
-    assert "Without arithmetic, so not shown: pool5 forward." in found
+def test_layers_without_products_stand_apart_at_their_share_of_the_copy_roof(draw):
+    rows = [layer(), layer("pool1", flop=0), layer("pool5", flop=0, torch_bytes=1e9)]
+    (found,) = draw("roofline", result("layers", rows))
+    assert "No matrix products: pool1, pool5." in found
+    assert "no matrix products" in found
+    drawn, edge = plots._with_intensity(rows, 263.0)
+    conv, *pools = drawn
+    assert conv["flop"] == layer()["flop"]
+    assert len({row["flop"] for row in pools}) == 2
+    for row in pools:
+        at = plots._intensity(row, "alexnet_triton")
+        assert at == plots._intensity(row, "torch") < edge < plots._intensity(conv, "alexnet_triton")
+        assert plots._speed(row, "alexnet_triton", 1) == pytest.approx(3e12 * at / 1.5)
+    (found,) = draw("roofline", result("layers", rows[1:]))
+    assert "pool5" in found
 
 
 def test_texts_are_drawn_as_they_are_written(draw):
@@ -338,7 +362,6 @@ WRONG = {
     "no roofs": (changed(["roofs"], KeyError), '"roofs" must hold'),
     "a list of roofs": (changed(["roofs", "tflops"], [790]), '"roofs" must hold'),
     "another dtype's roof": (changed(["roofs", "tflops"], {"float16": 790}), "tflops.* of bfloat16"),
-    "no arithmetic": (changed(["rows", 0, "flop"], 0), "no layer of paper, bfloat16, batch 128 has arithmetic"),
 }
 
 
