@@ -293,7 +293,8 @@ def _epilogue(bias: Tensor | None, relu: bool, seed: Tensor | None, p: float, co
 
 def _problem(x: Tensor, weight: Tensor, direction: str, dropout: bool = False) -> LinearProblem:
     exact = launch.is_exact(x.dtype, launch.target_of(x.device))
-    return LinearProblem(x.shape[0], *weight.shape, direction, dropout, x.dtype, exact)
+    outputs, features = weight.shape
+    return LinearProblem(x.shape[0], outputs, features, direction, dropout, x.dtype, exact)
 
 
 def dropout_linear(

@@ -182,7 +182,7 @@ def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> Non
     images = torch.randn(batch, 3, size, size, device="cuda", dtype=dtype, requires_grad=True)
     answers = []
     for backend in ("triton", "reference"):
-        with use_backend(backend):  # type: ignore[arg-type]
+        with use_backend(backend):
             y = model(images)
             leaves = [images, *model.parameters()]
             answers.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])

@@ -6,7 +6,7 @@ sums that do not fit the registers, stages that do not fit shared memory, a card
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -61,13 +61,13 @@ class Objection(NamedTuple):
 
 def candidates(problem: Problem, target: Target) -> list[Config]:
     """The default, then every other config worth a look, without repeats."""
-    others = {
+    others: dict[type[Problem], Callable[..., Iterator[Config]]] = {
         ConvProblem: _conv,
         WeightGradientProblem: _weight_gradient,
         LinearProblem: _linear,
         NormPoolProblem: _norm_pool,
-    }[type(problem)](problem, target)
-    return list(dict.fromkeys([problem.default(target), *others]))
+    }
+    return list(dict.fromkeys([problem.default(target), *others[type(problem)](problem, target)]))
 
 
 def _conv(problem: ConvProblem, target: Target) -> Iterator[ConvConfig]:
