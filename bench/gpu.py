@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one command: checks of the kernels, and a first table of times.
+"""Everything that a GPU is needed for, in one command: checks of the kernels, and their times.
 
 The parts run one after the other, each in a process of its own, so that a fault or a hang in one takes nothing from the
 others. Every result is a line of `gpu.jsonl`, written in one piece as soon as it is there. What a part's seconds do
@@ -26,9 +26,10 @@ from typing import Any, NamedTuple
 import torch
 
 from alexnet_triton.backend import TRITON_INSTALLED, interpreting
-from alexnet_triton.bench import checks, gpu_times
+from alexnet_triton.bench import checks, launches, layers, lpips, model, results, roofs
 from alexnet_triton.bench.checks import Absent, Measure, Scale
-from alexnet_triton.bench.timing import machine
+from alexnet_triton.bench.plans import Plan
+from alexnet_triton.bench.timing import machine, nvidia_smi
 from alexnet_triton.variants import VARIANTS
 
 BUDGET = 500.0
@@ -213,20 +214,11 @@ def _card(device: torch.device) -> dict[str, Any]:
     }
 
 
-QUERY = (
-    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",
-    "temperature.gpu", "mig.mode.current", "clocks_event_reasons.active",
-)  # fmt: skip
-
-
 def _clocks() -> dict[str, Any]:
-    """What `nvidia-smi` says of the first card's driver, clocks and power."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    found = nvidia_smi()
+    if not found:
         raise Absent("nvidia-smi")
-    command = [tool, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    return dict(zip(QUERY, (cell.strip() for cell in answer.strip().split(",")), strict=False))
+    return found
 
 
 def _compile(run: Run) -> Iterator[tuple[str, Check]]:
@@ -358,10 +350,65 @@ def _memcheck(run: Run) -> list[Measure]:
     return [Measure("exit code", float(code), 0.0)]
 
 
+BENCHMARKS = {"model": model, "layers": layers, "lpips": lpips}
+"""Modules that measure, by the name of their result file."""
+
+
 def _times(run: Run) -> Iterator[tuple[str, Check]]:
+    """Each benchmark's rows, into its own result file; torch.compile, which takes minutes, is `bench model`'s alone."""
+    torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
     yield "clocks before", _clocks
-    yield from gpu_times.cases(run.scale, run.device)
+    yield "roofs", partial(_roofs, run)
+    steps = _plan(model.plan(run.device), run)
+    last = steps._replace(batches=steps.batches[2:])
+    yield from _timings("model", model.cases(steps._replace(batches=steps.batches[:2])), run)
+    yield from _timings("layers", layers.cases(_plan(layers.plan(run.device), run), partial(_measured_roofs, run)), run)
+    yield from _timings("lpips", lpips.cases(_plan(lpips.plan(run.device), run)), run)
+    for variant in ("paper", "torchvision"):
+        name = f"launches of a step, {variant}, batch {run.scale.batches[0]}"
+        yield name, partial(launches.launches, variant, run.scale, run.device)
+    yield from _timings("model", model.cases(last), run)
     yield "clocks after", _clocks
+
+
+def _plan(plan: Plan, run: Run) -> Plan:
+    """A benchmark's own plan; in a dry run a small one, of what the interpreter can do."""
+    if run.device.type == "cuda":
+        return plan._replace(rounds=min(plan.rounds, run.scale.rounds))
+    scale = run.scale._replace(thin=2 * run.scale.thin)
+    sizes = (scale.image_size or 67,) if plan.sizes else ()
+    return Plan(run.device, plan.variants[:1], (1,), (torch.float32,), 1, sizes, scale)
+
+
+def _roofs(run: Run) -> dict[str, Any]:
+    dtypes = (torch.bfloat16, torch.float32)
+    if run.device.type == "cuda":
+        return roofs.measure(run.device, dtypes)
+    return roofs.measure(run.device, dtypes, side=64, copied_bytes=2**16, rounds=run.scale.rounds)
+
+
+def _measured_roofs(run: Run) -> dict[str, Any]:
+    """Those that this run has found, in an earlier process of it too."""
+    for row in Report(run.out / RESULTS).rows():
+        if row["case"] == "roofs" and row["status"] == "noted":
+            return {name: row[name] for name in ("copy_gbs", "tflops", "side", "copied_bytes")}
+    return _roofs(run)
+
+
+def _timings(benchmark: str, cases: Iterable[tuple[str, results.Rows]], run: Run) -> Iterator[tuple[str, Check]]:
+    for name, rows in cases:
+        yield f"{benchmark}: {name}", partial(_keep_rows, benchmark, rows, run)
+
+
+def _keep_rows(benchmark: str, rows: results.Rows, run: Run) -> Sequence[Measure]:
+    """Measure rows into the benchmark's file; their checks are this case's."""
+    head = results.envelope(benchmark, run.device, BENCHMARKS[benchmark].METHOD, _measured_roofs(run))
+    measures = []
+    for row in rows():
+        results.add_row(run.out / f"{benchmark}.json", head, row)
+        error, limit = row["check"]["error"], row["check"]["limit"]
+        measures.append(Measure(row.get("direction", "error"), math.inf if error is None else error, limit))
+    return measures
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -379,13 +426,13 @@ PARTS: dict[str, Part] = {
     "machine": Part(15, _machine),
     "compile": Part(110, _compile),
     "networks": Part(50, _networks),
-    "layers": Part(100, _layers),
+    "layers": Part(85, _layers),
     "repeats": Part(25, _repeats),
-    "times": Part(85, _times),
+    "times": Part(120, _times),
     "graphs": Part(25, _graphs),
     "large": Part(25, _large),
     "second GPU": Part(15, _second_gpu),
-    "sanitizer": Part(50, _sanitizer),
+    "sanitizer": Part(30, _sanitizer),
 }
 """In the order in which they run; their seconds are the budget's."""
 
@@ -395,6 +442,8 @@ PARTS: dict[str, Part] = {
 
 def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: str = "cuda") -> int:
     """Make all checks, write each result to `out/gpu.jsonl` as it comes, and print a summary.
+
+    The times are in `out/model.json`, `out/layers.json` and `out/lpips.json` too, whole after every row.
 
     Args:
         out: folder of the results; made where it is missing. Results of an earlier run are replaced.
@@ -415,7 +464,8 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
     _check_device(device)
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / RESULTS)
-    report.path.unlink(missing_ok=True)
+    for path in (report.path, *(out / f"{name}.json" for name in BENCHMARKS)):
+        path.unlink(missing_ok=True)
     last = time.monotonic() + budget
     for name in PARTS:
         if not parts or name in parts:
@@ -424,6 +474,11 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
         else:
             report.write(name, "the whole part", "skipped", why="it was not asked for")
     print(summary(report.rows()))
+    for name, benchmark in BENCHMARKS.items():
+        path = out / f"{name}.json"
+        if path.exists():
+            print(benchmark.format_result(results.read(path, name)))
+            print(f"written to {path}")
     print(f"written to {report.path}")
     return int(any(row["status"] == "failed" for row in report.rows()))
 
@@ -475,13 +530,13 @@ def _run_part(report: Report, name: str, end: float, device: str) -> None:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """What came of each part, what failed, and the times, as text."""
+    """What came of each part, and what failed, as text."""
     lines = []
     for name in PARTS:
         counts = collections.Counter(row["status"] for row in rows if row["part"] == name)
         lines.append(f"{name:12}" + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
     lines += [f"failed: {row['part']}: {row['case']}: {row['why']}" for row in rows if row["status"] == "failed"]
-    return "\n".join([*lines, *gpu_times.table(rows)])
+    return "\n".join(lines)
 
 
 def _main(arguments: Sequence[str] | None = None) -> int:

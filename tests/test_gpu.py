@@ -16,8 +16,9 @@ from test_random import mask
 from torch import nn
 
 from alexnet_triton import AlexNet, FusedSequential, cli, ops
-from alexnet_triton.bench import checks, gpu, gpu_times
+from alexnet_triton.bench import checks, gpu, launches, layers, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
+from alexnet_triton.bench.plans import Plan
 from alexnet_triton.kernels import conv, launch, linear, norm_pool, random
 from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.variants import VARIANTS
@@ -481,32 +482,52 @@ def test_a_shard_goes_on_after_a_kernel_that_does_not_compile(tmp_path, monkeypa
 # --- times ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", ["convolution in groups", "normalised pool", "dropout and linear"])
-def test_layers_are_timed_beside_torchs(layer):
-    row = gpu_times.time_layer(LAYERS[layer], "forward", SMALL, CPU)
-    assert row["ratio"] > 0
-    assert {"median", "p20", "p80", "samples"} == set(row["torch"])
-    assert gpu_times.time_layer(LAYERS[layer], "data gradient", SMALL, CPU)["ratio"] > 0
-
-
-def test_steps_are_timed_beside_torchs_and_only_if_they_agree(small, monkeypatch):
-    row = gpu_times.training_step("", SMALL, CPU, graph=True)
-    assert f"{row['ratio']:.2f}x" in gpu_times.table([{"case": "step", **row}])[0]
-    assert gpu_times.inference("", SMALL, CPU, graph=False)["ratio"] > 0
-    monkeypatch.setattr(*scaled(linear, "dropout_linear", 1.2))
-    with pytest.raises(RuntimeError, match="no time is reported"):
-        gpu_times.inference("", SMALL, CPU, graph=False)
-
-
-def test_the_times_name_every_layer_and_direction():
-    names = [name for name, _ in gpu_times.cases(checks.FULL, CPU)]
-    for what in (
+def test_the_times_name_every_layer_and_step_and_the_most_telling_come_first(tmp_path):
+    names = [name for name, _ in gpu.PARTS["times"].cases(gpu.Run(torch.device("cuda"), checks.FULL, 60.0, tmp_path))]
+    order = [
         "roofs",
-        "training step, paper, batch 128, eager",
-        "inference, torchvision, batch 128, as CUDA graphs",
-        "conv2 of paper, weight gradient",
-        "pool1 of paper, data gradient",
-        "fc6 of torchvision, forward",
-    ):
-        assert what in names
-    assert gpu_times.roofs(checks.TINY._replace(thin=16), CPU)["copy_gbs"] > 0
+        "model: training step, paper, bfloat16, batch 128",
+        "model: inference, torchvision, bfloat16, batch 1",
+        "layers: conv2 of paper, bfloat16, batch 128",
+        "layers: fc6 of torchvision, bfloat16, batch 128",
+        "lpips: forward and backward, bfloat16, batch 16, 64 pixels",
+        "launches of a step, paper, batch 128",
+        "model: inference, paper, bfloat16, batch 1024",
+    ]
+    assert [name for name in names if name in order] == order
+    assert len(set(names)) == len(names)
+
+
+def test_rows_go_into_result_files_as_they_come_and_their_checks_count(tmp_path, monkeypatch):
+    report = gpu.Report(tmp_path / gpu.RESULTS)
+    run = a_run(tmp_path)
+    monkeypatch.setattr(checks, "layers", lambda *_: iter([("fc6", LAYERS["linear"])]))
+    right = ops.dropout_linear
+    monkeypatch.setattr(ops, "dropout_linear", lambda x, *rest: right(2 * x - x.detach(), *rest))
+    assert gpu.run_cases(report, "times", [("roofs", lambda: gpu._roofs(run))], run) == 0
+    measured = report.rows()[0]
+    cases = gpu._timings("layers", layers.cases(CASE_PLAN, lambda: gpu._measured_roofs(run)), run)
+    assert gpu.run_cases(report, "times", cases, run) == 1
+    kept = results.read(tmp_path / "layers.json", "layers")
+    assert kept["roofs"]["copy_gbs"] == measured["copy_gbs"]  # measured once
+    assert ["times" in row for row in kept["rows"]] == [True, False, True]
+    assert "data gradient is" in report.rows()[1]["why"]
+
+
+CASE_PLAN = Plan(CPU, ("paper",), (2,), (torch.float32,), 1, scale=SMALL)
+
+
+def test_a_run_begins_new_result_files_and_prints_their_tables(tmp_path, monkeypatch, capsys):
+    stale = tmp_path / "model.json"
+    stale.write_text("of an earlier run")
+    row = {"task": "inference", "variant": "paper", "dtype": "float32", "batch": 2, "failed": "so"}
+    head = results.envelope("model", "cpu", "")
+    monkeypatch.setattr(gpu, "_run_part", lambda *args: results.add_row(stale, head, row))
+    gpu.run(tmp_path, parts=["times"], device="cpu")
+    assert results.read(stale, "model")["rows"] == [row]
+    assert "inference, paper, float32, batch 2\n  no time: so" in capsys.readouterr().out
+
+
+def test_launches_are_a_gpus():
+    with pytest.raises(checks.Absent, match="a GPU's clock"):
+        launches.launches("paper", SMALL, CPU)
