@@ -454,7 +454,7 @@ def format_schedules(found: Mapping[tuple[str, str], Sequence[Schedule]], batche
     """The schedules as text: tiles, waves and the share of the card that idles, marked over `MOST_IDLE`."""
     heads = "".join(f"{f'batch {batch:,}':>26} " for batch in batches)
     names = "".join(f"{'tiles':>10}{'waves':>10}{'idle':>6} " for _ in batches)
-    lines = [f" {'':<22}{heads}", f" {'layer':<6}{'direction':<16}{names}".rstrip()]
+    lines = [f" {'':<22}{heads}".rstrip(), f" {'layer':<6}{'direction':<16}{names}".rstrip()]
     over = 0
     for (name, direction), row in found.items():
         cells = ""
@@ -463,7 +463,9 @@ def format_schedules(found: Mapping[tuple[str, str], Sequence[Schedule]], batche
             over += idles
             cells += f"{one.programs:>10,}{one.waves:>10,.2f}{one.idle_share:>6.0%}{'!' if idles else ' '}"
         lines.append(f" {name:<6}{direction:<16}{cells}".rstrip())
-    lines.append(f"! idles over {MOST_IDLE:.0%} of the card over all its waves: {over} schedules")
+    lines.append(
+        f"! idles over {MOST_IDLE:.0%} of the card over all its waves: {over} of {sum(map(len, found.values()))} schedules"
+    )
     return "\n".join(lines)
 
 

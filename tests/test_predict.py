@@ -290,7 +290,7 @@ def test_schedules_that_leave_more_than_a_fifth_idle_are_marked():
     assert lines[2].endswith("50%!")
     assert lines[2].count("!") == 1
     assert "!" not in lines[3]
-    assert lines[-1].endswith("1 schedules")
+    assert lines[-1].endswith(": 1 of 4 schedules")
 
 
 def test_the_command_prints_every_layers_schedule(reported):
