@@ -463,9 +463,8 @@ def format_schedules(found: Mapping[tuple[str, str], Sequence[Schedule]], batche
             over += idles
             cells += f"{one.programs:>10,}{one.waves:>10,.2f}{one.idle_share:>6.0%}{'!' if idles else ' '}"
         lines.append(f" {name:<6}{direction:<16}{cells}".rstrip())
-    lines.append(
-        f"! idles over {MOST_IDLE:.0%} of the card over all its waves: {over} of {sum(map(len, found.values()))} schedules"
-    )
+    number = sum(len(row) for row in found.values())
+    lines.append(f"! idles over {MOST_IDLE:.0%} of the card over all its waves: {over} of {number} schedules")
     return "\n".join(lines)
 
 
