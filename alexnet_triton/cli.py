@@ -8,10 +8,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 VARIANT_NAMES = ("merged", "paper", "torchvision", "caffe")
 INIT_NAMES = (*VARIANT_NAMES, "kaiming")
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE_NAMES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
+PLOT_NAMES = ("roofline", "throughput", "layers", "tuning")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,21 +50,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from alexnet_triton import __version__
 
-    parser = argparse.ArgumentParser("alexnet-triton", description="AlexNet on fused ops: inspect, train, measure.")
+    parser = argparse.ArgumentParser(
+        "alexnet-triton", description="AlexNet on fused ops: train, tune, measure, inspect."
+    )
     parser.add_argument("--version", action="version", version=f"alexnet-triton {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_info(commands)
+    _add_demo(commands)
+    _add_bench(commands)
+    _add_plot(commands)
+    _add_autotune(commands)
+    _add_inspect(commands)
+    return parser
 
+
+Commands = Any
+"""What `ArgumentParser.add_subparsers` gives."""
+
+
+def _add_info(commands: Commands) -> None:
     info = commands.add_parser("info", help="print the table of layers")
-    info.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    _add_variant(info)
     info.add_argument("--batch", type=_positive, default=1, metavar="N", help="images; default: %(default)s")
     info.add_argument("--num-classes", type=_positive, default=1000, metavar="N", help="default: %(default)s")
     info.add_argument("--image-size", type=_positive, metavar="PIXELS", help="default: the variant's own")
     info.set_defaults(run=_info)
 
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="train on real images and write a page of what was learned")
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: %(default)s")
     demo.add_argument("--data", type=Path, metavar="FOLDER", help="folder of class folders; default: scanned digits")
-    demo.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+    _add_variant(demo)
     demo.add_argument("--epochs", type=_positive, default=5, metavar="N", help="default: %(default)s")
     demo.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: %(default)s")
     demo.add_argument("--lr", type=_positive_float, metavar="RATE", help="learning rate; default: 0.03")
@@ -68,15 +91,48 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="measure this machine")
+
+def _add_bench(commands: Commands) -> None:
+    bench = commands.add_parser("bench", help="measure this machine, or predict another")
     benches = bench.add_subparsers(required=True, metavar="BENCHMARK")
+
     cpu = benches.add_parser("cpu", help="this network beside torchvision's on the CPU")
-    cpu.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
+    _add_out(cpu)
     cpu.add_argument("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     cpu.set_defaults(run=_bench_cpu)
+
     dispatch = benches.add_parser("dispatch", help="what a call of an op costs beside its kernels")
-    dispatch.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
+    _add_out(dispatch)
     dispatch.set_defaults(run=_bench_dispatch)
+
+    layers = benches.add_parser("layers", help="each layer and direction, against torch's op and its floor")
+    model = benches.add_parser("model", help="inference and training steps, against their peers")
+    lpips = benches.add_parser("lpips", help="the trunk of LPIPS, to the gradient of the image")
+    for measured in (layers, model, lpips):
+        _add_out(measured)
+        if measured is not lpips:
+            measured.add_argument("--variant", choices=VARIANT_NAMES, action="append", help="may be repeated")
+        measured.add_argument("--batch", type=_numbers, default=(), metavar="N,N,...", help="images")
+        measured.add_argument("--dtype", choices=DTYPE_NAMES, action="append", metavar="NAME", help="may be repeated")
+        measured.add_argument("--rounds", type=_positive, metavar="N", help="samples of each time")
+        measured.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    lpips.add_argument("--size", type=_numbers, default=(), metavar="N,N,...", help="pixels a side")
+    compiled = "measure torch.compile too, which takes minutes; default: on a GPU alone"
+    model.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
+    layers.set_defaults(run=_bench_layers)
+    model.set_defaults(run=_bench_model)
+    lpips.set_defaults(run=_bench_lpips)
+
+    predict = benches.add_parser("predict", help="a model's estimate of every layer on a card that need not be there")
+    _add_out(predict)
+    _add_variant(predict)
+    predict.add_argument("--card", default="h100", metavar="NAME", help="h100, h200, a100; default: %(default)s")
+    predict.add_argument("--batch", type=_numbers, default=(1, 16, 128, 1024), metavar="N,N,...", help="a table each")
+    _add_dtype(predict)
+    predict.add_argument("--results", type=Path, metavar="FILE", help="a measured layers.json to stand beside")
+    predict.add_argument("--schedules", action="store_true", help="how the launches fill the card, and nothing else")
+    predict.set_defaults(run=_bench_predict)
+
     gpu = benches.add_parser("gpu", help="check the kernels on the GPU and time them, in under nine minutes")
     out = Path(os.environ.get("OUT") or "gpu-out")
     gpu.add_argument("--out", type=Path, default=out, metavar="DIR", help="default: $OUT, else gpu-out")
@@ -85,13 +141,21 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run, small, interpreted")
     gpu.set_defaults(run=_bench_gpu)
 
-    dtypes = (*SHORT_DTYPES, *SHORT_DTYPES.values())
-    names = f"{', '.join(SHORT_DTYPES)} or torch's names; default: %(default)s"
 
+def _add_plot(commands: Commands) -> None:
+    plot = commands.add_parser("plot", help="draw what a benchmark has measured, as PNG and SVG")
+    plot.add_argument("kind", choices=PLOT_NAMES, help="what to draw")
+    results = "of the benchmarks; default: this machine is measured first"
+    plot.add_argument("--results", type=Path, nargs="+", default=(), metavar="FILE", help=results)
+    _add_out(plot)
+    plot.set_defaults(run=_plot)
+
+
+def _add_autotune(commands: Commands) -> None:
     tune = commands.add_parser("autotune", help="find the fastest config of every launch, and keep it for this GPU")
-    tune.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
-    tune.add_argument("--batch", type=_batches, default=(1, 128, 1024), metavar="N,N,...", help="default: 1,128,1024")
-    tune.add_argument("--dtype", choices=dtypes, default="bfloat16", metavar="NAME", help=names)
+    _add_variant(tune)
+    tune.add_argument("--batch", type=_numbers, default=(1, 128, 1024), metavar="N,N,...", help="default: 1,128,1024")
+    _add_dtype(tune)
     tune.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
     directions = ("forward", "data gradient", "weight gradient")
     tune.add_argument("--direction", choices=directions, help="one direction alone")
@@ -103,16 +167,30 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--target", default="sm_90", metavar="NAME", help="of a dry run; default: %(default)s")
     tune.set_defaults(run=_autotune)
 
+
+def _add_inspect(commands: Commands) -> None:
     inspect = commands.add_parser("inspect", help="compile every kernel for a GPU that need not be here; check budgets")
     inspect.add_argument("--target", default="sm_90", metavar="NAME", help="as in sm_80, gfx942; default: %(default)s")
-    inspect.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
-    inspect.add_argument("--dtype", choices=dtypes, default="bfloat16", metavar="NAME", help=names)
+    _add_variant(inspect)
+    _add_dtype(inspect)
     inspect.add_argument("--batch", type=_positive, default=128, metavar="N", help="images; default: %(default)s")
     inspect.add_argument("--layer", metavar="NAME", help="one layer alone, as in conv2, pool5, fc6")
     inspect.add_argument("--all", action="store_true", help="also copies, packed filters and sums of parts")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
-    return parser
+
+
+def _add_variant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", choices=VARIANT_NAMES, default="merged", help="default: %(default)s")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    names = f"{', '.join(SHORT_DTYPES)} or torch's names; default: %(default)s"
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, default="bfloat16", metavar="NAME", help=names)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="default: %(default)s")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -143,6 +221,40 @@ def _bench_dispatch(options: argparse.Namespace) -> None:
     run(options.out)
 
 
+def _bench_layers(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.layers import run
+
+    o = options
+    run(o.out, o.variant or (), o.batch, _dtypes(o.dtype), o.rounds, o.device)
+
+
+def _bench_model(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.model import run
+
+    o = options
+    run(o.out, o.variant or (), o.batch, _dtypes(o.dtype), o.rounds, o.device, o.compile)
+
+
+def _bench_lpips(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.lpips import run
+
+    o = options
+    run(o.out, o.batch, _dtypes(o.dtype), o.size, o.rounds, o.device)
+
+
+def _bench_predict(options: argparse.Namespace) -> int:
+    from alexnet_triton.bench.predict import run
+
+    o = options
+    return run(o.card, o.variant, o.batch, _dtype(o.dtype), o.results, o.schedules, o.out)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.plots import run
+
+    run(options.kind, options.results, options.out)
+
+
 def _bench_gpu(options: argparse.Namespace) -> int:
     from alexnet_triton.bench.gpu import run
 
@@ -153,16 +265,29 @@ def _inspect(options: argparse.Namespace) -> int:
     from alexnet_triton.tuning.inspect import run
 
     o = options
-    return run(o.target, o.variant, SHORT_DTYPES.get(o.dtype, o.dtype), o.batch, o.layer, o.all, o.json)
+    return run(o.target, o.variant, _dtype(o.dtype), o.batch, o.layer, o.all, o.json)
 
 
 def _autotune(options: argparse.Namespace) -> int:
     from alexnet_triton.tuning.autotune import Options, run
 
     o = options
-    dtype = SHORT_DTYPES.get(o.dtype, o.dtype)
     budget = o.budget or (float("inf") if o.dry_run else 180.0)
-    return run(Options(o.variant, o.batch, dtype, o.layer, o.direction, budget, o.jobs, o.dry_run, o.target, o.export))
+    return run(
+        Options(
+            o.variant, o.batch, _dtype(o.dtype), o.layer, o.direction, budget, o.jobs, o.dry_run, o.target, o.export
+        )
+    )
+
+
+def _dtype(name: str) -> str:
+    return SHORT_DTYPES.get(name, name)
+
+
+def _dtypes(names: Sequence[str] | None) -> list[torch.dtype]:
+    import torch
+
+    return [getattr(torch, _dtype(name)) for name in names or ()]
 
 
 def _positive(text: str) -> int:
@@ -172,7 +297,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _batches(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in text.split(","))
 
 
