@@ -193,7 +193,7 @@ def _times(row: Row, benchmark: str, where: str) -> dict[str, Mapping[str, float
             value: Any = summary.get(name) if isinstance(summary, dict) else None
             if not _is_number(value) or value <= 0:
                 raise ValueError(f'{where}: "{name}" of {peer} must be positive seconds, got {json.dumps(value)}')
-    return dict(sorted(times.items(), key=lambda item: item[0] != OURS))
+    return times
 
 
 def _check_candidate(row: Row, where: str) -> None:

@@ -113,14 +113,18 @@ def read_result(content):
     )  # fmt: skip
 
 
-def test_names_on_the_roofline_neither_overlap_nor_leave_the_axes():
-    (_, figure), *_ = plots.roofline(read_result(result("layers", of_every_layer())))
+CROWD = [layer(f"a long name, number {number}", flop=9e12, size=1e6) for number in range(4)]
+
+
+@pytest.mark.parametrize(("rows", "counts"), [(of_every_layer(), (11, 11, 8)), (CROWD, (4,))], ids=["all", "crowd"])
+def test_names_on_the_roofline_neither_overlap_nor_leave_the_axes(rows, counts):
+    (_, figure), *_ = plots.roofline(read_result(result("layers", rows)))
     figure.draw_without_rendering()
-    for axes in figure.axes:
+    for axes, count in zip(figure.axes, counts, strict=True):
         frame = axes.get_window_extent()
-        names = [text for text in axes.texts if text.get_text() in LAYERS]
+        names = [text for text in axes.texts if text.get_text() in {row["layer"] for row in rows}]
         boxes = [Text.get_window_extent(text) for text in names]  # without an annotation's line to its point
-        assert len(boxes) == (8 if axes is figure.axes[2] else 11)
+        assert len(boxes) == count
         for number, box in enumerate(boxes):
             assert frame.x0 < box.x0 < box.x1 < frame.x1
             assert frame.y0 < box.y0 < box.y1 < frame.y1
@@ -178,7 +182,7 @@ def test_throughput_takes_lpips_files_too(draw):
 
 def test_tuning_shows_the_best_over_the_default_and_counts_reasons(draw):
     rows = [
-        candidate(2e-4, default=True), candidate(1.5e-4), candidate(3e-4),
+        candidate(1.5e-4), candidate(2e-4, default=True), candidate(3e-4),
         candidate(None, "31% of its products fall outside the answer"),
         candidate(None, "45% of its products fall outside the answer"),
         candidate(None, "its stages need 400,000 bytes of shared memory"),
