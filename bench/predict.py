@@ -28,9 +28,6 @@ epilogue of a product but for its bytes. It ranks changes. Measured times decide
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +43,7 @@ from alexnet_triton.bench.checks import FULL, Conv, Layer, Linear, layers
 from alexnet_triton.bench.timing import machine
 from alexnet_triton.configs import cache
 from alexnet_triton.kernels.target import cdiv
-from alexnet_triton.tuning.inspect import DIRECTIONS, DTYPES, LAYERS, LayerLaunch, launches
+from alexnet_triton.tuning.inspect import DIRECTIONS, DTYPES, LAYERS, LayerLaunch, launches, run_compiled
 from alexnet_triton.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -503,7 +500,9 @@ def run(
     if not batches or min(batches) < 1:
         raise ValueError(f"a batch must hold at least 1 image, got {list(batches)}")
     if interpreting():
-        return _run_compiled(card, variant, batches, dtype, results, schedules_only, out)
+        words = ["--card", card, "--variant", variant, "--batch", ",".join(map(str, batches)), "--dtype", dtype]
+        words += ["--out", str(out), *([] if results is None else ["--results", str(results)])]
+        return run_compiled(["bench", "predict", *words, *["--schedules"] * schedules_only])
     try:
         import triton
     except ImportError as error:
@@ -536,20 +535,3 @@ def run(
     cache.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     print(f"written to {path}")
     return 0
-
-
-def _run_compiled(
-    card: str, variant: str, batches: Sequence[int], dtype: str, results: Path | None, schedules_only: bool, out: Path
-) -> int:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    told = [card, variant, list(batches), dtype, results and str(results), schedules_only, str(out)]
-    code = (
-        "import json, sys; from pathlib import Path; from alexnet_triton.bench.predict import run\n"
-        "*first, results, only, out = json.loads(sys.argv[1])\n"
-        "try:\n"
-        "    sys.exit(run(*first, results and Path(results), only, Path(out)))\n"
-        "except (ValueError, OSError, RuntimeError) as error:\n"
-        "    print(f'alexnet-triton: {error}', file=sys.stderr)\n"
-        "    sys.exit(2)"
-    )
-    return subprocess.run([sys.executable, "-c", code, json.dumps(told)], env=environment, check=False).returncode
