@@ -6,7 +6,6 @@ inside a network most of that does not happen (`launches` shows what does).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from alexnet_triton import ops, reference
 from alexnet_triton.backend import interpreting, use_backend
 from alexnet_triton.bench import checks, results, roofs
 from alexnet_triton.bench.checks import Case, Conv, Layer, Linear, Measure, Pool
+from alexnet_triton.bench.floors import floor, least
 from alexnet_triton.bench.plans import Plan, choose, device_of, name_of
 from alexnet_triton.bench.results import Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, over_sets, summary
@@ -47,50 +47,9 @@ def plan(device: torch.device) -> Plan:
     return Plan(device, ("paper",), (4,), (torch.float32,), 7)
 
 
-# --- the least work -------------------------------------------------------------------------------------------------
-
-
 def directions(layer: Layer) -> tuple[str, ...]:
     """Those of `inspect.DIRECTIONS` that a layer has."""
     return DIRECTIONS[:2] if isinstance(layer, Pool) else DIRECTIONS
-
-
-def least_work(layer: Layer, direction: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Operations of a layer's matrix products (2 a multiply-add), and bytes that it must at least read and write.
-
-    A pooling has no products, so 0 operations. Gradients read the output too where a ReLU made it, and a pooling's the
-    places of its maxima, a byte each. The weight gradient is that of the bias as well.
-
-    Args:
-        layer: which.
-        direction: of `directions(layer)`.
-        dtype: of its tensors.
-    """
-    if isinstance(layer, Pool):
-        x, y = math.prod(layer.x), math.prod(layer.stage.out_size(layer.x))
-        if direction == "forward":
-            return 0, (x + y) * dtype.itemsize
-        read = y + (x if layer.stage.size else 0)  # LRN's gradient depends on its input, a maximum's does not
-        return 0, (read + x) * dtype.itemsize + y
-    if isinstance(layer, Conv):
-        size = layer.stage.out_size(layer.x, layer.weight, None)
-        x, weight, y, bias = math.prod(layer.x), math.prod(layer.weight), math.prod(size), layer.weight[0]
-        relu, multiply_adds = layer.stage.relu, y * weight // bias
-    else:
-        x, weight, y = layer.batch * layer.inputs, layer.inputs * layer.outputs, layer.batch * layer.outputs
-        bias, relu, multiply_adds = layer.outputs, layer.relu, layer.batch * layer.inputs * layer.outputs
-    masked = 2 * y if relu else y
-    moved = {
-        "forward": x + weight + bias + y,
-        "data gradient": masked + weight + x,
-        "weight gradient": masked + x + weight + bias,
-    }
-    return 2 * multiply_adds, moved[direction] * dtype.itemsize
-
-
-def floor(flop: int, bytes_: int, dtype: torch.dtype, measured: Mapping[str, Any]) -> float:
-    """Seconds that a device with the roofs `measured` (of `roofs.measure`) takes at least."""
-    return max(flop / (1e12 * measured["tflops"][name_of(dtype)]), bytes_ / (1e9 * measured["copy_gbs"]))
 
 
 # --- both sides -----------------------------------------------------------------------------------------------------
@@ -238,7 +197,7 @@ def rows_of(
     """
     found = check(layer, dtype, plan.device, f"{name} of {variant}, {name_of(dtype)}, batch {batch}")
     for direction, measure in found.items():
-        flop, bytes_ = least_work(layer, direction, dtype)
+        flop, bytes_ = least(layer, direction, dtype.itemsize)
         row = {
             "variant": variant, "layer": name, "direction": direction, "dtype": name_of(dtype), "batch": batch,
             "flop": flop, "bytes": bytes_, "floor": floor(flop, bytes_, dtype, measured),
