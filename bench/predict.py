@@ -39,7 +39,8 @@ from tqdm import tqdm
 from alexnet_triton.backend import interpreting
 from alexnet_triton.bench import plots
 from alexnet_triton.bench.cards import CARDS, Card
-from alexnet_triton.bench.checks import FULL, Conv, Layer, Linear, layers
+from alexnet_triton.bench.checks import FULL, layers
+from alexnet_triton.bench.floors import least
 from alexnet_triton.bench.timing import machine
 from alexnet_triton.configs import cache
 from alexnet_triton.kernels.target import cdiv
@@ -232,32 +233,6 @@ def _operand(made: Launch) -> torch.Tensor:
 
 
 # --- the floor ----------------------------------------------------------------------------------------------
-
-
-def least(layer: Layer, direction: str, itemsize: int) -> tuple[int, int]:
-    """Floating-point operations of a layer's direction, and the bytes that it cannot but move, each once.
-
-    Normalisation and pooling count as no arithmetic. The mask of a gradient and the bias's gradient count as no bytes:
-    the one can travel otherwise, and whatever reads the output's gradient can sum the other.
-
-    Args:
-        layer: of `checks.layers`.
-        direction: of `inspect.DIRECTIONS`.
-        itemsize: bytes of an element.
-    """
-    if isinstance(layer, Linear):
-        x, y = layer.batch * layer.inputs, layer.batch * layer.outputs
-        weight, bias = layer.inputs * layer.outputs, layer.outputs
-    elif isinstance(layer, Conv):
-        x, y = _elements(layer.x), _elements(layer.stage.out_size(layer.x, layer.weight, None))
-        weight, bias = _elements(layer.weight), layer.weight[0]
-    else:
-        x, y = _elements(layer.x), _elements(layer.stage.out_size(layer.x))
-        backward = direction != "forward"  # which needs the map itself where it was normalised
-        return 0, (x + y + (x if backward and layer.stage.size else 0)) * itemsize
-    flop = 2 * y * layer.terms()["forward"]
-    moved = x + y + weight + (bias if direction == "forward" else 0)
-    return flop, moved * itemsize
 
 
 def _elements(size: Iterable[int]) -> int:

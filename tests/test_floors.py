@@ -2,10 +2,9 @@
 
 import torch
 
-from alexnet_triton.bench import checks, floors, predict
+from alexnet_triton.bench import checks, floors
 from alexnet_triton.bench.checks import Conv, Linear, Pool
 from alexnet_triton.stages import ConvStage, PoolStage
-from alexnet_triton.tuning.inspect import DIRECTIONS
 
 ROOFS = {"copy_gbs": 10.0, "tflops": {"float32": 0.1, "bfloat16": 0.2}}
 
@@ -26,13 +25,6 @@ def test_the_bytes_are_each_tensor_once():
         pool = Pool((2, 12, 7, 7), PoolStage(size, 1e-3, 0.75, 2.0, (3, 3), (2, 2), (0, 0), False, 2))
         assert floors.least(pool, "forward", 4) == (0, 4 * 24 * (49 + 9))
         assert floors.least(pool, "data gradient", 4) == (0, 4 * 24 * (49 + 9 + 49 * again))
-
-
-def test_measured_rows_and_predicted_ones_have_the_same_least_work():
-    for variant in ("paper", "torchvision"):
-        for _, layer in checks.layers(variant, 16, checks.FULL):
-            for direction in DIRECTIONS:
-                assert floors.least(layer, direction, 2) == predict.least(layer, direction, 2)
 
 
 def test_the_floor_is_the_longer_of_arithmetic_and_memory():
