@@ -232,13 +232,6 @@ def _operand(made: Launch) -> torch.Tensor:
     return operand
 
 
-# --- the floor ----------------------------------------------------------------------------------------------
-
-
-def _elements(size: Iterable[int]) -> int:
-    return torch.Size(size).numel()
-
-
 # --- rows ---------------------------------------------------------------------------------------------------
 
 

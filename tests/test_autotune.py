@@ -98,6 +98,17 @@ def test_right_answers_are_timed():
     assert not any(trial.objection for trial in trials)
 
 
+def test_times_are_medians_of_samples_without_the_hosts_time(monkeypatch):
+    from alexnet_triton.bench import timing
+
+    def in_turn(functions, rounds, device, *, host):
+        assert (rounds, device, host) == (3, "cuda", False)
+        return {name: [function(), 1.0, 9.0] for name, function in functions.items()}
+
+    monkeypatch.setattr(timing, "in_turn", in_turn)
+    assert autotune._on_this_gpu({A: lambda: 2.0, B: lambda: 0.5}, 3) == {A: 2.0, B: 1.0}
+
+
 def test_wrong_answers_and_refusals_are_not():
     def again(chosen, right):
         if chosen == C:

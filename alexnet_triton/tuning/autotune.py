@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,7 +207,7 @@ def time_candidates(work: Work, trials: Sequence[Trial], clock: Clock) -> tuple[
     Args:
         work: with its tensors.
         trials: the default's first.
-        clock: `timer.median_seconds`.
+        clock: `_on_this_gpu`, or a test's own.
     """
     from alexnet_triton.kernels import launch
 
@@ -398,7 +399,7 @@ def _tuned(options: Options, target: Target, dtype: torch.dtype, source: str, en
             if source == "measured":
                 if batch not in on_card:
                     on_card = {batch: works(options.variant, dtype, batch)}
-                done = time_candidates(on_card[batch][number], done, _clock())
+                done = time_candidates(on_card[batch][number], done, _on_this_gpu)
             others = chosen.setdefault(cache.problem_key(work.problem), Counter())
             best = choose_best(done, source, others)
             others[best.config] += 1
@@ -410,10 +411,13 @@ def _tuned(options: Options, target: Target, dtype: torch.dtype, source: str, en
             process.terminate()
 
 
-def _clock() -> Clock:
-    from alexnet_triton.tuning.timer import median_seconds
+def _on_this_gpu(functions: Mapping[Config, Callable[[], Any]], rounds: int) -> dict[Config, float]:
+    """Median seconds of each, in turn, without the host's time."""
+    from alexnet_triton.bench.timing import in_turn
 
-    return median_seconds
+    named = {str(number): function for number, function in enumerate(functions.values())}
+    samples = in_turn(named, rounds, "cuda", host=False)
+    return {config: statistics.median(samples[str(number)]) for number, config in enumerate(functions)}
 
 
 # --- the table ----------------------------------------------------------------------------------------------
