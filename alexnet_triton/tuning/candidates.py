@@ -31,7 +31,7 @@ MOST_WASTE = 0.25
 MOST_SUMS = 192
 """Float32 sums that a thread may hold: of its 255 registers, addresses and operands need the rest."""
 
-MOST = 8
+MOST = 5
 """Candidates that are left to the compiler, the default beside them."""
 
 LEAST_SUMS = 8
