@@ -234,8 +234,7 @@ def test_a_spent_budget_is_said_and_ends_the_work(capfd):
     assert "3 problems are left: the budget of 0.001 s is spent" in capfd.readouterr().out
 
 
-def test_without_a_gpu_only_a_dry_run_is_possible(capfd):
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is there")
+def test_without_a_gpu_only_a_dry_run_is_possible(capfd, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # another Python does it, and sees none
     assert autotune.run(Options()) == 2
     assert "this machine has no GPU: with --dry-run" in capfd.readouterr().err

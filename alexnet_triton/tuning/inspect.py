@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,24 +150,46 @@ def stages_of(features: nn.Module) -> tuple[tuple[Stage, ...], list[Tensor]]:
     return tuple(stages), parameters
 
 
-def _linear_launches(model: AlexNet, batch: int, target: Target) -> list[LayerLaunch]:
-    from alexnet_triton.kernels import launch, linear, random
+class LinearCall(NamedTuple):
+    """What a fully connected layer's kernels are called with."""
 
-    found = []
-    dropout, relu = 0.0, {"fc6": True, "fc7": True, "fc8": False}
-    names = iter(relu)
+    layer: str
+    """Of `LAYERS`."""
+    x: Tensor
+    """(N, features in), random."""
+    weight: Tensor
+    bias: Tensor
+    seed: Tensor | None
+    """Of the dropout before the layer; None where there is none."""
+    dropout: float
+    relu: bool
+
+
+def linear_calls(model: AlexNet, batch: int) -> Iterator[LinearCall]:
+    """The calls of a network's fully connected layers in a training step, on the model's device."""
+    from alexnet_triton.kernels import random
+
+    dropout, names = 0.0, iter(("fc6", "fc7", "fc8"))
     for layer in model.classifier.modules():
         if isinstance(layer, nn.Dropout):
             dropout = layer.p
-        if not isinstance(layer, nn.Linear):
-            continue
-        name, weight = next(names), layer.weight
-        x = weight.new_empty((batch, layer.in_features))
-        seed = random.seed(x.device) if dropout else None
+        if isinstance(layer, nn.Linear):
+            name, weight = next(names), layer.weight
+            x = torch.randn(batch, layer.in_features, device=weight.device, dtype=weight.dtype)
+            seed = random.seed(x.device) if dropout else None
+            yield LinearCall(name, x, weight, layer.bias, seed, dropout, name != "fc8")
+            dropout = 0.0
+
+
+def _linear_launches(model: AlexNet, batch: int, target: Target) -> list[LayerLaunch]:
+    from alexnet_triton.kernels import launch, linear
+
+    found = []
+    for name, x, weight, bias, seed, dropout, relu in linear_calls(model, batch):
         with launch.recording(target) as forward:
-            y = linear.dropout_linear(x, weight, layer.bias, seed, dropout, relu[name])
+            y = linear.dropout_linear(x, weight, bias, seed, dropout, relu)
         with launch.recording(target) as backward:
-            of_relu = y if relu[name] else None
+            of_relu = y if relu else None
             linear.dropout_linear_backward(y, x, weight, of_relu, seed, dropout, (True, True, True))
         found += [LayerLaunch(name, "forward", made) for made in forward]
         products = 0
@@ -177,7 +199,6 @@ def _linear_launches(model: AlexNet, batch: int, target: Target) -> list[LayerLa
             products += kernel == "gemm_kernel"
             direction = "weight gradient" if products > 1 or after_data else "data gradient"
             found.append(LayerLaunch(name, direction, made))
-        dropout = 0.0
     return found
 
 

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alexnet_triton.kernels.config import Problem, WeightGradientProblem
 from alexnet_triton.kernels.target import Target
 from alexnet_triton.model import AlexNet
-from alexnet_triton.tuning.inspect import LAYERS, stages_of
+from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS, linear_calls, stages_of
 from alexnet_triton.variants import VARIANTS
 
 
@@ -76,22 +76,12 @@ def _maps(model: AlexNet, images: Tensor, target: Target | None) -> Iterator[Wor
 
 def _matrices(model: AlexNet, batch: int, target: Target | None) -> Iterator[Work]:
     """Of the fully connected layers."""
-    from alexnet_triton.kernels import launch, linear, random
+    from alexnet_triton.kernels import launch, linear
 
-    dropout, names = 0.0, iter(("fc6", "fc7", "fc8"))
-    for layer in model.classifier.modules():
-        if isinstance(layer, nn.Dropout):
-            dropout = layer.p
-        if not isinstance(layer, nn.Linear):
-            continue
-        name, weight = next(names), layer.weight
-        relu = name != "fc8"
-        x = torch.randn(batch, layer.in_features, device=weight.device, dtype=weight.dtype)
-        seed = random.seed(x.device) if dropout else None
+    for name, x, weight, bias, seed, dropout, relu in linear_calls(model, batch):
         with launch.recording(target) if target else nullcontext(), launch.offered() as offers:
-            y = linear.dropout_linear(x, weight, layer.bias, seed, dropout, relu)
+            y = linear.dropout_linear(x, weight, bias, seed, dropout, relu)
             of_relu, grad = y if relu else None, torch.randn_like(y)
             linear.dropout_linear_backward(grad, x, weight, of_relu, seed, dropout, (True, True, True))
-        for direction, offer in zip(("forward", "data gradient", "weight gradient"), offers, strict=True):
+        for direction, offer in zip(DIRECTIONS, offers, strict=True):
             yield Work(name, direction, *offer)
-        dropout = 0.0
