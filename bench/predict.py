@@ -37,10 +37,10 @@ import torch
 from tqdm import tqdm
 
 from alexnet_triton.backend import interpreting
-from alexnet_triton.bench import plots
 from alexnet_triton.bench.cards import CARDS, Card
 from alexnet_triton.bench.checks import FULL, layers
 from alexnet_triton.bench.floors import least
+from alexnet_triton.bench.plots.files import OURS, read
 from alexnet_triton.bench.timing import machine
 from alexnet_triton.configs import cache
 from alexnet_triton.kernels.target import cdiv
@@ -397,11 +397,11 @@ def read_times(path: Path, card: Card) -> dict[tuple[Any, ...], float]:
     Raises:
         ValueError: the file is none, or was measured on another card.
     """
-    result = plots.read(path, ["layers"])
+    result = read(path, ["layers"])
     device = str(result.machine["device"])
     if not result.measured or card.name not in device:
         raise ValueError(f"{path} was measured on {device!r}, and the estimate is for an {card.name}")
-    return {place_of(row): row["times"][plots.OURS]["median"] for row in result.rows if plots.OURS in row["times"]}
+    return {place_of(row): row["times"][OURS]["median"] for row in result.rows if OURS in row["times"]}
 
 
 def schedules(card: Card, variant: str, dtype: str, batches: Sequence[int]) -> dict[tuple[str, str], list[Schedule]]:

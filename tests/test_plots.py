@@ -4,12 +4,15 @@ import re
 import runpy
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from matplotlib.text import Text
 
 from alexnet_triton import bench
 from alexnet_triton.bench import plots
+from alexnet_triton.bench.plots import canvas
+from alexnet_triton.bench.plots.roofline import _intensity, _speed, _with_intensity
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
 
 MACHINE = {
@@ -96,14 +99,14 @@ def test_roofline_labels_every_layer_in_every_direction_and_both_roofs(draw):
 
 def test_arrows_of_the_roofline_go_from_torch_to_ours():
     row = layer(flop=8e9, size=4e6, torch_bytes=16e6)
-    assert plots._intensity(row, "alexnet_triton") == 2000
-    assert plots._intensity(row, "torch") == 500
-    assert plots._intensity(layer(flop=8e9, size=4e6), "torch") == 2000
-    assert plots._speed(layer(), "alexnet_triton", 1e12) == pytest.approx(2 * plots._speed(layer(), "torch", 1e12))
+    assert _intensity(row, "alexnet_triton") == 2000
+    assert _intensity(row, "torch") == 500
+    assert _intensity(layer(flop=8e9, size=4e6), "torch") == 2000
+    assert _speed(layer(), "alexnet_triton", 1e12) == pytest.approx(2 * _speed(layer(), "torch", 1e12))
     (_, figure), *_ = plots.roofline(read_result(result("layers", [row])))
     (arrow,) = (text for text in figure.axes[0].texts if not text.get_text())
-    assert arrow.xy == pytest.approx((2000, plots._speed(row, "alexnet_triton", 1e12)))
-    assert arrow.xyann == pytest.approx((500, plots._speed(row, "torch", 1e12)))
+    assert arrow.xy == pytest.approx((2000, _speed(row, "alexnet_triton", 1e12)))
+    assert arrow.xyann == pytest.approx((500, _speed(row, "torch", 1e12)))
 
 
 def read_result(content):
@@ -256,14 +259,14 @@ def test_layers_without_products_stand_apart_at_their_share_of_the_copy_roof(dra
     (found,) = draw("roofline", result("layers", rows))
     assert "No matrix products: pool1, pool5." in found
     assert "no matrix products" in found
-    drawn, edge = plots._with_intensity(rows, 263.0)
+    drawn, edge = _with_intensity(rows, 263.0)
     conv, *pools = drawn
     assert conv["flop"] == layer()["flop"]
     assert len({row["flop"] for row in pools}) == 2
     for row in pools:
-        at = plots._intensity(row, "alexnet_triton")
-        assert at == plots._intensity(row, "torch") < edge < plots._intensity(conv, "alexnet_triton")
-        assert plots._speed(row, "alexnet_triton", 1) == pytest.approx(3e12 * at / 1.5)
+        at = _intensity(row, "alexnet_triton")
+        assert at == _intensity(row, "torch") < edge < _intensity(conv, "alexnet_triton")
+        assert _speed(row, "alexnet_triton", 1) == pytest.approx(3e12 * at / 1.5)
     (found,) = draw("roofline", result("layers", rows[1:]))
     assert "pool5" in found
 
@@ -277,10 +280,10 @@ def test_texts_are_drawn_as_they_are_written(draw):
 
 def test_styles_differ_in_more_than_colour():
     for part in ("colour", "marker", "line", "hatch"):
-        assert len({str(getattr(style, part)) for style in plots.STYLES}) == len(plots.STYLES)
-    ours, *_ = plots._peers([{"times": {"torch": 1}}, {"times": {"alexnet_triton": 1}}]).items()
-    assert ours == ("alexnet_triton", plots.STYLES[0])
-    assert plots._peers([{"times": {"torch": 1}}])["torch"] == plots.STYLES[1]
+        assert len({str(getattr(style, part)) for style in canvas.STYLES}) == len(canvas.STYLES)
+    ours, *_ = canvas.styles_of([{"times": {"torch": 1}}, {"times": {"alexnet_triton": 1}}]).items()
+    assert ours == ("alexnet_triton", canvas.STYLES[0])
+    assert canvas.styles_of([{"times": {"torch": 1}}])["torch"] == canvas.STYLES[1]
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -392,4 +395,5 @@ def test_a_missing_file_an_unknown_plot_and_a_wrong_log_are_refused_too(tmp_path
 
 def test_matplotlib_is_loaded_when_a_picture_is_drawn(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    runpy.run_path(plots.__file__)
+    for path in Path(plots.__file__).parent.glob("*.py"):
+        runpy.run_path(str(path))

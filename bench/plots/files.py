@@ -1,0 +1,167 @@
+"""Result files as pictures take them: read, checked row by row."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
+    pass
+
+OURS = "alexnet_triton"
+Row = Mapping[str, Any]
+
+LAYER = {"variant": str, "layer": str, "direction": str, "dtype": str, "batch": int}
+WORK = {"flop": float, "bytes": float, "floor": float}
+FIELDS: Mapping[str, Mapping[str, type]] = {
+    "layers": {**LAYER, **WORK},
+    "model": {"task": str, "variant": str, "dtype": str, "batch": int},
+    "lpips": {"task": str, "size": int, "dtype": str, "batch": int},
+    "predict": {**LAYER, **WORK, "estimate": float},
+    "tuning": {"layer": str, "direction": str, "dtype": str, "batch": int, "config": str},
+}
+"""By benchmark, what every row must have: texts, counts, and numbers, in operations, bytes and seconds."""
+
+OPTIONAL: Mapping[str, type] = {"variant": str, "torch_bytes": float, "bound": str, "failed": str, "absent": dict}
+"""What a row may have; null counts as not there."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file that has been read and checked."""
+
+    path: Path
+    benchmark: str
+    """Of `FIELDS`."""
+    machine: Mapping[str, Any]
+    method: str
+    measured: bool
+    """False for a model's estimate."""
+    roofs: Mapping[str, Any]
+    rows: Sequence[Row]
+    """Each with `times`, summaries in seconds by peer; a tuning log's rows as they are."""
+    failed: Sequence[Row]
+    """Those that have no time, each with a sentence under `failed`."""
+
+    @property
+    def title(self) -> str:
+        """Where the figures are from: said in every title."""
+        device = str(self.machine["device"])
+        if not self.measured:
+            return f"a model's estimate for {device}"
+        return "on a CPU" if self.on_cpu else f"on {device}"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the machine is a CPU."""
+        return str(self.machine["device"]).startswith("CPU")
+
+
+def read(path: Path, benchmarks: Sequence[str]) -> Result:
+    """Read a result file.
+
+    Args:
+        path: a JSON file that a benchmark has written.
+        benchmarks: those that are wanted, of `FIELDS`.
+
+    Raises:
+        ValueError: the file is missing, no JSON, another benchmark's, lacks something, or has no row with a time.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # of the encoding, and of the JSON
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    wanted = " or ".join(f'"{name}"' for name in benchmarks)
+    benchmark: Any = content.get("benchmark") if isinstance(content, dict) else None
+    if benchmark not in benchmarks:
+        found = "no benchmark's name" if benchmark is None else f"benchmark {json.dumps(benchmark)}"
+        raise ValueError(f"{path} holds {found}; this plot takes {wanted}")
+    machine, rows = content.get("machine"), content.get("rows")
+    if not isinstance(machine, dict) or not isinstance(machine.get("device"), str):
+        raise ValueError(f'{path} does not name its machine (no "machine" with a "device")')
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} has no rows; run the benchmark again")
+    kept: list[Row] = []
+    places: dict[tuple[Any, ...], int] = {}
+    failed: list[Row] = []
+    for number, row in enumerate(rows):
+        where = f"{path}, row {number}"
+        _check_fields(row, FIELDS[benchmark], where)
+        place = tuple(row[name] for name, kind in FIELDS[benchmark].items() if kind is not float)
+        if benchmark != "tuning" and places.setdefault(place, number) != number:
+            raise ValueError(f"{where} is for the same as row {places[place]}")
+        if benchmark == "tuning":
+            _check_candidate(row, where)
+            kept.append(row)
+        elif row.get("failed"):
+            failed.append(row)
+        else:
+            kept.append({**row, "times": _times(row, benchmark, where)})
+    if not kept:
+        raise ValueError(f"{path} has no row with a time: all {len(rows)} failed. {failure_of(failed[0])}")
+    method = content.get("method")
+    measured = benchmark != "predict" and content.get("measured") is not False
+    return Result(
+        path, benchmark, machine, method if isinstance(method, str) else "", measured,
+        content.get("roofs") or {}, kept, failed,
+    )  # fmt: skip
+
+
+def _check_fields(row: Any, fields: Mapping[str, type], where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no object")
+    given = {name: kind for name, kind in OPTIONAL.items() if row.get(name) is not None}
+    for name, kind in {**given, **fields}.items():
+        value: Any = row.get(name)
+        if kind is float:
+            least = "a number from 0 on" if name == "flop" else "a positive number"
+            fits = is_number(value) and (value > 0 or (name == "flop" and value == 0))
+        elif kind is int:
+            least, fits = "a count from 1 on", type(value) is int and value > 0
+        elif kind is str:
+            least, fits = "a text", isinstance(value, str) and value != ""
+        else:
+            least, fits = "an object", isinstance(value, kind)
+        if not fits:
+            raise ValueError(f'{where}: "{name}" must be {least}, got {json.dumps(value)}')
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _times(row: Row, benchmark: str, where: str) -> dict[str, Mapping[str, float]]:
+    if benchmark == "predict":
+        estimate: float = row["estimate"]
+        return {OURS: {"median": estimate, "p20": estimate, "p80": estimate}}
+    times = row.get("times")
+    if not isinstance(times, dict) or not times:
+        raise ValueError(f'{where} has neither "times" nor "failed"')
+    for peer, summary in times.items():
+        for name in ("median", "p20", "p80"):
+            value: Any = summary.get(name) if isinstance(summary, dict) else None
+            if not is_number(value) or value <= 0:
+                raise ValueError(f'{where}: "{name}" of {peer} must be positive seconds, got {json.dumps(value)}')
+    return times
+
+
+def _check_candidate(row: Row, where: str) -> None:
+    time: Any = row.get("time")
+    pruned: Any = row.get("pruned")
+    if time is not None and (not is_number(time) or time <= 0):
+        raise ValueError(f'{where}: "time" must be positive seconds or null, got {json.dumps(time)}')
+    if pruned is not None and not isinstance(pruned, str):
+        raise ValueError(f'{where}: "pruned" must be a sentence or null, got {json.dumps(pruned)}')
+
+
+def failure_of(row: Row) -> str:
+    """Which row failed, and why, in words."""
+    words = [row.get("layer") or row.get("task"), row.get("direction"), row.get("variant"), row["dtype"]]
+    return f"{' '.join(word for word in words if word)} batch {row['batch']}: {row['failed']}"
