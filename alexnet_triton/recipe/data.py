@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class DataError(ValueError):
@@ -109,21 +113,40 @@ def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
     Raises:
         DataError: the file is no image, or is damaged.
     """
+    return fit(decode(path), size)
+
+
+def decode(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Decode one image, of any format that Pillow reads: upright (EXIF) and RGB, on white where it is transparent.
+
+    Args:
+        source: its path, or a file of its bytes.
+
+    Raises:
+        DataError: it is no image, or is damaged.
+    """
     from PIL import Image, ImageOps
-    from torchvision.transforms.v2 import functional as transform
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(source) as opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
                 image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
             image = image.convert("RGBA" if _transparent(opened) else "RGB")
     except Exception as error:
-        raise DataError(f"{str(path)!r} is no image, or is damaged: remove it ({_first_line(error)})") from error
+        name = repr(str(source)) if isinstance(source, str | os.PathLike) else "what was given"
+        raise DataError(f"{name} is no image, or is damaged: remove it ({_first_line(error)})") from error
     if image.mode == "RGBA":
         backed = Image.new("RGB", image.size, "white")
         backed.paste(image, mask=image.getchannel("A"))
         image = backed
+    return image
+
+
+def fit(image: Image.Image, size: int) -> Tensor:
+    """An image as (3, size, size), uint8: its shorter side scaled to `size`, its centre cropped."""
+    from torchvision.transforms.v2 import functional as transform
+
     image = transform.resize(image, [size], antialias=True)
     return transform.pil_to_tensor(transform.center_crop(image, [size, size]))
 
