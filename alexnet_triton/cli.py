@@ -123,6 +123,17 @@ def _add_bench(commands: Commands) -> None:
     model.set_defaults(run=_bench_model)
     lpips.set_defaults(run=_bench_lpips)
 
+    data = benches.add_parser("data", help="images a second of each stage from files to the network's input")
+    _add_out(data)
+    data.add_argument("--images", type=_positive, default=64, metavar="N", help="generated; default: %(default)s")
+    data.add_argument("--batch", type=_positive, default=32, metavar="N", help="default: %(default)s")
+    workers = "processes of a DataLoader; default: 0, 1, 2, ... up to one a core"
+    data.add_argument("--workers", type=_counts, metavar="N,N,...", help=workers)
+    data.add_argument("--rounds", type=_positive, default=7, metavar="N", help="default: %(default)s")
+    data.add_argument("--size", type=_positive, default=224, metavar="PIXELS", help="default: %(default)s")
+    data.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    data.set_defaults(run=_bench_data)
+
     predict = benches.add_parser("predict", help="a model's estimate of every layer on a card that need not be there")
     _add_out(predict)
     _add_variant(predict)
@@ -242,6 +253,13 @@ def _bench_lpips(options: argparse.Namespace) -> None:
     run(o.out, o.batch, _dtypes(o.dtype), o.size, o.rounds, o.device)
 
 
+def _bench_data(options: argparse.Namespace) -> None:
+    from alexnet_triton.bench.data import run
+
+    o = options
+    run(o.out, o.images, o.batch, o.workers, o.rounds, o.size, o.device)
+
+
 def _bench_predict(options: argparse.Namespace) -> int:
     from alexnet_triton.bench.predict import run
 
@@ -299,6 +317,13 @@ def _positive(text: str) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_positive(word) for word in text.split(","))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    values = tuple(int(word) for word in text.split(","))
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {min(values)}")
+    return values
 
 
 def _seconds(text: str) -> float:
