@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_triton.fusion import FusedSequential
+from alexnet_triton.graphs import Graphed
 from alexnet_triton.layers import GroupedLocalResponseNorm
 from alexnet_triton.variants import PAPER_FORMULA, VARIANTS, Norm, Variant
 from alexnet_triton.weights import check_keys, check_values, is_published, published, read_state_dict
@@ -132,6 +133,32 @@ class AlexNet(nn.Module):
         finally:
             for module in training:
                 module.training = True
+
+    def graphed(self, example: Tensor, *more: Tensor) -> Graphed:
+        """Inference as a CUDA graph: one launch in the place of some twenty, for images like the examples.
+
+        Parameters that change in place (training, `load_state_dict`) are seen. What a graph cannot see is refused at
+        the call, in words: other layers, parameters that lie elsewhere (`.to()`), hooks, another mode.
+
+        Args:
+            example: (N, 3, H, W), as `forward` will be given them; the values do not matter. Backend and autocast are
+                those that are active here.
+            *more: examples of other shapes or dtypes, such as a data set's last, smaller batch.
+
+        Returns:
+            A callable: images like an example -> logits (N, num_classes), a tensor of the caller's own, without
+            gradients.
+
+        Raises:
+            RuntimeError: the model is in training or has hooks, or a capture is under way.
+            ValueError: model and examples are not on one GPU, or images that `forward` would refuse.
+            TypeError: an integer tensor, or none.
+
+        Example:
+            >>> graph = model.eval().graphed(torch.rand(1, 3, 227, 227, device="cuda"))
+            >>> logits = graph(images)
+        """
+        return Graphed(self, example, *more)
 
     def extra_repr(self) -> str:
         """Show the variant."""

@@ -17,7 +17,7 @@ STOREYS = [
     {"backend", "layers", "chain"},
     {"library"},
     {"ops"},
-    {"fusion", "weights"},
+    {"fusion", "weights", "graphs"},
     {"model"},
     {"info", "recipe", "bench", "tuning"},
     {"demo"},
