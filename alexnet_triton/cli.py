@@ -23,7 +23,8 @@ PLOT_NAMES = ("roofline", "throughput", "layers", "tuning")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0, 2 for what a user can mend, 130 after Ctrl-C.
 
-    `inspect` gives 1 where a budget is broken, `bench gpu` where a check failed.
+    `inspect` gives 1 where a budget is broken, `bench gpu` where a check failed, `bench readme --check` where a page is
+    not what the results give.
 
     Args:
         arguments: the words after the program's name; None takes the process's own.
@@ -119,9 +120,8 @@ def _add_bench(commands: Commands) -> None:
     lpips.add_argument("--size", type=_numbers, default=(), metavar="N,N,...", help="pixels a side")
     compiled = "measure torch.compile too, which takes minutes; default: on a GPU alone"
     model.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-    layers.set_defaults(run=_bench_layers)
-    model.set_defaults(run=_bench_model)
-    lpips.set_defaults(run=_bench_lpips)
+    for name, measured in (("layers", layers), ("model", model), ("lpips", lpips)):
+        measured.set_defaults(run=_bench_measured, benchmark=name)
 
     data = benches.add_parser("data", help="images a second of each stage from files to the network's input")
     _add_out(data)
@@ -143,6 +143,10 @@ def _add_bench(commands: Commands) -> None:
     predict.add_argument("--results", type=Path, metavar="FILE", help="a measured layers.json to stand beside")
     predict.add_argument("--schedules", action="store_true", help="how the launches fill the card, and nothing else")
     predict.set_defaults(run=_bench_predict)
+
+    readme = benches.add_parser("readme", help="write the tables and pictures of this repository's pages anew")
+    readme.add_argument("--check", action="store_true", help="write nothing; exit code 1 where something would be")
+    readme.set_defaults(run=_bench_readme)
 
     gpu = benches.add_parser("gpu", help="check the kernels on the GPU and time them, in under nine minutes")
     out = Path(os.environ.get("OUT") or "gpu-out")
@@ -232,25 +236,15 @@ def _bench_dispatch(options: argparse.Namespace) -> None:
     run(options.out)
 
 
-def _bench_layers(options: argparse.Namespace) -> None:
-    from alexnet_triton.bench.layers import run
+def _bench_measured(options: argparse.Namespace) -> None:
+    from importlib import import_module
 
-    o = options
-    run(o.out, o.variant or (), o.batch, _dtypes(o.dtype), o.rounds, o.device)
+    from alexnet_triton.bench.benchmark import run
 
-
-def _bench_model(options: argparse.Namespace) -> None:
-    from alexnet_triton.bench.model import run
-
-    o = options
-    run(o.out, o.variant or (), o.batch, _dtypes(o.dtype), o.rounds, o.device, o.compile)
-
-
-def _bench_lpips(options: argparse.Namespace) -> None:
-    from alexnet_triton.bench.lpips import run
-
-    o = options
-    run(o.out, o.batch, _dtypes(o.dtype), o.size, o.rounds, o.device)
+    words = {"variant": "variants", "batch": "batches", "size": "sizes", "rounds": "rounds", "compile": "compiled"}
+    asked = {name: getattr(options, word) for word, name in words.items() if getattr(options, word, None) is not None}
+    measured = import_module(f"alexnet_triton.bench.{options.benchmark}").BENCHMARK
+    run(measured, options.out, options.device, dtypes=_dtypes(options.dtype), **asked)
 
 
 def _bench_data(options: argparse.Namespace) -> None:
@@ -265,6 +259,12 @@ def _bench_predict(options: argparse.Namespace) -> int:
 
     o = options
     return run(o.card, o.variant, o.batch, _dtype(o.dtype), o.results, o.schedules, o.out)
+
+
+def _bench_readme(options: argparse.Namespace) -> int:
+    from alexnet_triton.bench.readme import run
+
+    return run(options.check)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -350,8 +350,7 @@ def _memcheck(run: Run) -> list[Measure]:
     return [Measure("exit code", float(code), 0.0)]
 
 
-BENCHMARKS = {"model": model, "layers": layers, "lpips": lpips}
-"""Modules that measure, by the name of their result file."""
+BENCHMARKS = {each.name: each for each in (model.BENCHMARK, layers.BENCHMARK, lpips.BENCHMARK)}
 
 
 def _times(run: Run) -> Iterator[tuple[str, Check]]:
@@ -359,25 +358,26 @@ def _times(run: Run) -> Iterator[tuple[str, Check]]:
     torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
     yield "clocks before", _clocks
     yield "roofs", partial(_roofs, run)
-    steps = _plan(model.plan(run.device), run)
+    steps = _plan("model", run)
     last = steps._replace(batches=steps.batches[2:])
-    yield from _timings("model", model.cases(steps._replace(batches=steps.batches[:2])), run)
-    yield from _timings("layers", layers.cases(_plan(layers.plan(run.device), run), partial(_measured_roofs, run)), run)
-    yield from _timings("lpips", lpips.cases(_plan(lpips.plan(run.device), run)), run)
+    yield from _timings("model", steps._replace(batches=steps.batches[:2]), run)
+    yield from _timings("layers", _plan("layers", run), run)
+    yield from _timings("lpips", _plan("lpips", run), run)
     for variant in ("paper", "torchvision"):
         name = f"launches of a step, {variant}, batch {run.scale.batches[0]}"
         yield name, partial(launches.launches, variant, run.scale, run.device)
-    yield from _timings("model", model.cases(last), run)
+    yield from _timings("model", last, run)
     yield "clocks after", _clocks
 
 
-def _plan(plan: Plan, run: Run) -> Plan:
-    """A benchmark's own plan; in a dry run a small one, of what the interpreter can do."""
+def _plan(benchmark: str, run: Run) -> Plan:
+    """A benchmark's own plan, without torch.compile; in a dry run a small one, of what the interpreter can do."""
+    plan = BENCHMARKS[benchmark].plan(run.device)._replace(roofs=partial(_measured_roofs, run), compiled=False)
     if run.device.type == "cuda":
         return plan._replace(rounds=min(plan.rounds, run.scale.rounds))
     scale = run.scale._replace(thin=2 * run.scale.thin)
-    sizes = (scale.image_size or 67,) if plan.sizes else ()
-    return Plan(run.device, plan.variants[:1], (1,), (torch.float32,), 1, sizes, scale)
+    small = plan._replace(variants=plan.variants[:1], batches=(1,), dtypes=(torch.float32,), rounds=1, scale=scale)
+    return small._replace(sizes=(scale.image_size or 67,)) if plan.sizes else small
 
 
 def _roofs(run: Run) -> dict[str, Any]:
@@ -395,14 +395,14 @@ def _measured_roofs(run: Run) -> dict[str, Any]:
     return _roofs(run)
 
 
-def _timings(benchmark: str, cases: Iterable[tuple[str, results.Rows]], run: Run) -> Iterator[tuple[str, Check]]:
-    for name, rows in cases:
+def _timings(benchmark: str, plan: Plan, run: Run) -> Iterator[tuple[str, Check]]:
+    for name, rows in BENCHMARKS[benchmark].cases(plan):
         yield f"{benchmark}: {name}", partial(_keep_rows, benchmark, rows, run)
 
 
 def _keep_rows(benchmark: str, rows: results.Rows, run: Run) -> Sequence[Measure]:
     """Measure rows into the benchmark's file; their checks are this case's."""
-    head = results.envelope(benchmark, run.device, BENCHMARKS[benchmark].METHOD, _measured_roofs(run))
+    head = results.envelope(benchmark, run.device, BENCHMARKS[benchmark].method, _measured_roofs(run))
     measures = []
     for row in rows():
         results.add_row(run.out / f"{benchmark}.json", head, row)
@@ -477,7 +477,7 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
     for name, benchmark in BENCHMARKS.items():
         path = out / f"{name}.json"
         if path.exists():
-            print(benchmark.format_result(results.read(path, name)))
+            print(benchmark.table(results.read(path, name)))
             print(f"written to {path}")
     print(f"written to {report.path}")
     return int(any(row["status"] == "failed" for row in report.rows()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +16,17 @@ from torch import Tensor
 
 from alexnet_triton import ops, reference
 from alexnet_triton.backend import interpreting, use_backend
-from alexnet_triton.bench import checks, results, roofs
+from alexnet_triton.bench import checks
+from alexnet_triton.bench.benchmark import Benchmark
 from alexnet_triton.bench.checks import Case, Conv, Layer, Linear, Measure, Pool
 from alexnet_triton.bench.floors import floor, least
-from alexnet_triton.bench.plans import Plan, choose, device_of, name_of
-from alexnet_triton.bench.results import Rows, checked
+from alexnet_triton.bench.plans import Plan, name_of
+from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, over_sets, summary
 from alexnet_triton.tuning.accuracy import rms_error
 from alexnet_triton.tuning.inspect import DIRECTIONS
 
-OURS, THEIRS = "alexnet_triton", "torch"
+THEIRS = "torch"
 SETS = 3
 """Sets of random inputs, taken in turn."""
 
@@ -182,7 +182,7 @@ def _places(pool: Pool, x: Tensor) -> Tensor:
 
 
 def rows_of(
-    variant: str, name: str, layer: Layer, dtype: torch.dtype, batch: int, plan: Plan, measured: Mapping[str, Any]
+    variant: str, name: str, layer: Layer, dtype: torch.dtype, batch: int, plan: Plan
 ) -> Iterator[dict[str, Any]]:
     """The rows of one layer, each direction's as it comes; one that fails its check has a sentence in place of times.
 
@@ -192,9 +192,10 @@ def rows_of(
         layer: its sizes.
         dtype: of its tensors.
         batch: number of images.
-        plan: device and rounds.
-        measured: the device's roofs, of `roofs.measure`.
+        plan: device, rounds, roofs.
     """
+    assert plan.roofs is not None
+    measured = plan.roofs()
     found = check(layer, dtype, plan.device, f"{name} of {variant}, {name_of(dtype)}, batch {batch}")
     for direction, measure in found.items():
         flop, bytes_ = least(layer, direction, dtype.itemsize)
@@ -216,13 +217,8 @@ def _times(layer: Layer, direction: str, dtype: torch.dtype, plan: Plan) -> dict
     return {name: summary(values) for name, values in samples.items()}
 
 
-def cases(plan: Plan, measured: Callable[[], Mapping[str, Any]]) -> Iterator[tuple[str, Rows]]:
-    """The layers by name, each with a function that measures its rows; a layer of two variants is the first one's.
-
-    Args:
-        plan: what is measured.
-        measured: gives the device's roofs.
-    """
+def cases(plan: Plan) -> Iterator[tuple[str, Rows]]:
+    """The layers by name, each with a function that measures its rows; a layer of two variants is the first one's."""
     for dtype in plan.dtypes:
         for batch in plan.batches:
             seen: set[Layer] = set()
@@ -231,48 +227,8 @@ def cases(plan: Plan, measured: Callable[[], Mapping[str, Any]]) -> Iterator[tup
                     if layer in seen:
                         continue
                     seen.add(layer)
-                    of = (variant, name, layer, dtype, batch, plan)
                     what = f"{name} of {variant}, {name_of(dtype)}, batch {batch}"
-                    yield what, _later(of, measured)
-
-
-def _later(of: tuple[str, str, Layer, torch.dtype, int, Plan], measured: Callable[[], Mapping[str, Any]]) -> Rows:
-    return lambda: rows_of(*of, measured())
-
-
-def run(
-    out: Path,
-    variants: Sequence[str] = (),
-    batches: Sequence[int] = (),
-    dtypes: Sequence[torch.dtype] = (),
-    rounds: int | None = None,
-    device: str | None = None,
-    *,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure layers, print a table, and write `out/layers.json`, anew after every row.
-
-    Args:
-        out: folder of the JSON file; made where it is missing.
-        variants: of `alexnet_triton.AlexNet`; none: `"paper"`, on a GPU `"torchvision"` too.
-        batches: numbers of images; none: 128 on a GPU, 4 on a CPU.
-        dtypes: none: bfloat16 on a GPU, float32 on a CPU.
-        rounds: samples of each time; None: 50 on a GPU, 7 on a CPU.
-        device: None: this machine's GPU, or its CPU where it has none.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: an unknown variant, or a batch or rounds below 1.
-    """
-    own = choose(plan(device_of(device)), variants, batches, dtypes, rounds)
-    torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
-    measured = roofs.measure(own.device, own.dtypes)
-    path = out / "layers.json"
-    head = results.envelope("layers", own.device, METHOD, measured)
-    result = results.measure_cases(path, head, list(cases(own, lambda: measured)), progress)
-    print(format_result(result))
-    print(f"written to {path}")
-    return result
+                    yield what, partial(rows_of, variant, name, layer, dtype, batch, plan)
 
 
 def format_result(result: Mapping[str, Any]) -> str:
@@ -300,3 +256,6 @@ def format_result(result: Mapping[str, Any]) -> str:
         cells += f"{row['bytes'] / ours_ / 1e9:>9,.1f}{duration(row['floor']):>14}{row['floor'] / ours_:>7.0%}"
         lines.append(f"{place:38}{cells}")
     return "\n".join(lines)
+
+
+BENCHMARK = Benchmark("layers", METHOD, plan, cases, format_result)

@@ -10,7 +10,6 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from alexnet_triton import fuse, unfuse
 from alexnet_triton.backend import use_backend
-from alexnet_triton.bench import checks, results, roofs
+from alexnet_triton.bench import checks
+from alexnet_triton.bench.benchmark import Benchmark
 from alexnet_triton.bench.checks import LIMITS, NETWORK_FLOORS, Measure
-from alexnet_triton.bench.layers import OURS, SETS, backend_of_ours
+from alexnet_triton.bench.layers import SETS, backend_of_ours
 from alexnet_triton.bench.model import EAGER, LAST, SECONDS, times_table
-from alexnet_triton.bench.plans import Plan, choose, device_of, name_of
-from alexnet_triton.bench.results import Rows, checked
+from alexnet_triton.bench.plans import Plan, name_of
+from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import heading, in_turn, over_sets, summary
 from alexnet_triton.tuning.accuracy import rms_error
 
@@ -154,41 +154,6 @@ def cases(plan: Plan) -> Iterator[tuple[str, Rows]]:
                     yield name, lambda of=of: [row_of(*of)]  # type: ignore[misc]
 
 
-def run(
-    out: Path,
-    batches: Sequence[int] = (),
-    dtypes: Sequence[torch.dtype] = (),
-    sizes: Sequence[int] = (),
-    rounds: int | None = None,
-    device: str | None = None,
-    *,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure the trunk of LPIPS, print a table, and write `out/lpips.json`, anew after every row.
-
-    Args:
-        out: folder of the JSON file; made where it is missing.
-        batches: numbers of images; none: 1, 16 and 64 on a GPU, 1 and 8 on a CPU.
-        dtypes: none: bfloat16 and float32 on a GPU, float32 on a CPU.
-        sizes: pixels a side; none: 64 and 256 on a GPU, 64 on a CPU.
-        rounds: samples of each time; None: 30 on a GPU, 7 on a CPU. A row's rounds end after 20 s.
-        device: None: this machine's GPU, or its CPU where it has none.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: a batch, a size or rounds below 1.
-    """
-    where = device_of(device)
-    own = choose(plan(where), batches=batches, dtypes=dtypes, rounds=rounds, sizes=sizes)
-    torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
-    head = results.envelope("lpips", where, METHOD, roofs.measure(where, own.dtypes))
-    path = out / "lpips.json"
-    result = results.measure_cases(path, head, list(cases(own)), progress)
-    print(format_result(result))
-    print(f"written to {path}")
-    return result
-
-
 def format_result(result: Mapping[str, Any]) -> str:
     """The result as a table of text; a ratio is a peer's time over ours."""
     lines = [f"LPIPS's trunk: {heading(result['machine'])}"]
@@ -197,3 +162,6 @@ def format_result(result: Mapping[str, Any]) -> str:
         lines.append(f"{row['task']}, {row['dtype']}, batch {row['batch']:,}, {size}")
         lines += [f"  no time: {row['failed']}"] if "failed" in row else times_table(row)
     return "\n".join(lines)
+
+
+BENCHMARK = Benchmark("lpips", METHOD, plan, cases, format_result)

@@ -6,7 +6,6 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 
 from alexnet_triton import unfuse
 from alexnet_triton.backend import use_backend
-from alexnet_triton.bench import checks, results, roofs
+from alexnet_triton.bench import checks
+from alexnet_triton.bench.benchmark import Benchmark
 from alexnet_triton.bench.checks import LIMITS, NETWORK_FLOORS, Measure
-from alexnet_triton.bench.layers import OURS, SETS, backend_of_ours
-from alexnet_triton.bench.plans import Plan, choose, device_of, name_of
-from alexnet_triton.bench.results import Rows, checked
+from alexnet_triton.bench.layers import SETS, backend_of_ours
+from alexnet_triton.bench.plans import Plan, name_of
+from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, over_sets, summary
 from alexnet_triton.tuning.accuracy import rms_error
 
@@ -63,7 +63,7 @@ PEERS: dict[str, Peer] = {
 def plan(device: torch.device) -> Plan:
     """What a device is given unless somebody says otherwise: on a CPU little, so that it takes a minute or two."""
     if device.type == "cuda":
-        return Plan(device, ("paper", "torchvision"), (128, 1, 1024, 16), (torch.bfloat16,), 30)
+        return Plan(device, ("paper", "torchvision"), (128, 1, 1024, 16), (torch.bfloat16,), 30, compiled=True)
     return Plan(device, ("torchvision",), (1, 8), (torch.float32,), 7)
 
 
@@ -264,54 +264,16 @@ def _held(function: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def cases(plan: Plan, compiled: bool = False) -> Iterator[tuple[str, Rows]]:
+def cases(plan: Plan) -> Iterator[tuple[str, Rows]]:
     """The rows by name, each with a function that measures it."""
     for dtype in plan.dtypes:
         for batch in plan.batches:
             for variant in plan.variants:
                 for task in reversed(TASKS):
-                    names = peers(variant, plan.device, compiled)
+                    names = peers(variant, plan.device, plan.compiled)
                     of = (task, variant, dtype, batch, names, plan)
                     name = f"{task}, {variant}, {name_of(dtype)}, batch {batch}"
                     yield name, lambda of=of: [row_of(*of)]  # type: ignore[misc]
-
-
-def run(
-    out: Path,
-    variants: Sequence[str] = (),
-    batches: Sequence[int] = (),
-    dtypes: Sequence[torch.dtype] = (),
-    rounds: int | None = None,
-    device: str | None = None,
-    compiled: bool | None = None,
-    *,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Measure networks, print a table, and write `out/model.json`, anew after every row.
-
-    Args:
-        out: folder of the JSON file; made where it is missing.
-        variants: of `alexnet_triton.AlexNet`; none: `"torchvision"`, on a GPU `"paper"` too.
-        batches: numbers of images; none: 1, 16, 128 and 1,024 on a GPU, 1 and 8 on a CPU.
-        dtypes: none: bfloat16 on a GPU, float32 on a CPU.
-        rounds: samples of each time; None: 30 on a GPU, 7 on a CPU. A row's rounds end after 20 s.
-        device: None: this machine's GPU, or its CPU where it has none.
-        compiled: measure torch.compile too, which takes minutes; None: on a GPU alone.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: an unknown variant, or a batch or rounds below 1.
-    """
-    where = device_of(device)
-    own = choose(plan(where), variants, batches, dtypes, rounds)
-    torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
-    head = results.envelope("model", where, METHOD, roofs.measure(where, own.dtypes))
-    on_gpu = where.type == "cuda"
-    path = out / "model.json"
-    result = results.measure_cases(path, head, list(cases(own, on_gpu if compiled is None else compiled)), progress)
-    print(format_result(result))
-    print(f"written to {path}")
-    return result
 
 
 def format_result(result: Mapping[str, Any]) -> str:
@@ -338,3 +300,6 @@ def times_table(row: Mapping[str, Any]) -> list[str]:
             f"  {peer:28}{duration(median):>14}{row['batch'] / median:>12,.0f} images/s{median / own:>7.2f}{memory}"
         )
     return lines + [f"  {peer}: absent: {why}" for peer, why in row.get("absent", {}).items()]
+
+
+BENCHMARK = Benchmark("model", METHOD, plan, cases, format_result)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,10 @@ class Plan(NamedTuple):
     """Pixels a side, where a benchmark takes images of more sizes than the variant's own."""
     scale: Scale = checks.FULL
     """How thin the layers are, and their images' size; the rest of it is not read."""
+    compiled: bool = False
+    """Whether torch.compile, which takes minutes, is a peer too."""
+    roofs: Callable[[], Mapping[str, Any]] | None = None
+    """Gives the device's, of `roofs.measure`; asked for where a row has a floor."""
 
 
 def choose(
@@ -34,8 +38,9 @@ def choose(
     dtypes: Sequence[torch.dtype] = (),
     rounds: int | None = None,
     sizes: Sequence[int] = (),
+    compiled: bool | None = None,
 ) -> Plan:
-    """A plan with what somebody has asked for in the place of its own.
+    """A plan with what somebody has asked for in the place of its own; none, and None, leave that.
 
     Raises:
         ValueError: an unknown variant, or a batch, a size or rounds below 1.
@@ -53,6 +58,7 @@ def choose(
         dtypes=tuple(dtypes) or plan.dtypes,
         rounds=rounds or plan.rounds,
         sizes=tuple(sizes) or plan.sizes,
+        compiled=plan.compiled if compiled is None else compiled,
     )
 
 

@@ -1,10 +1,11 @@
-"""Result files: a JSON object a benchmark, with its machine and method; whole after every row."""
+"""Result files: a JSON object a benchmark, with its machine and method, a row a line; whole after every row."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from alexnet_triton.bench.checks import Measure
 from alexnet_triton.bench.timing import machine
 from alexnet_triton.configs import cache
+
+OURS = "alexnet_triton"
+"""What this package's side is called among the peers of a row."""
 
 Rows = Callable[[], Iterable[dict[str, Any]]]
 """Measures some rows, and gives each as it comes."""
@@ -33,34 +37,85 @@ def envelope(
     return {**head, "roofs": dict(roofs)} if roofs else head
 
 
+def estimate(benchmark: str, card: str, method: str, roofs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """As `envelope`, for a model's estimate of a card that is not there: nothing in the file is measured.
+
+    Args:
+        benchmark: as for `envelope`.
+        card: its maker and its name.
+        method: as for `envelope`.
+        roofs: as the card's data sheet has them.
+    """
+    head = envelope(benchmark, "cpu", method, roofs)
+    facts = {name: value for name, value in head["machine"].items() if name not in ("cores", "threads")}
+    return {**head, "machine": {**facts, "device": card, "triton": metadata.version("triton")}, "measured": False}
+
+
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON; whatever ends the process, the file is the old one or the new one.
 
     Raises:
         ValueError: a figure that JSON does not have (NaN, infinity).
     """
+    rows = [_line(row) for row in content["rows"]]
+    _write_lines(path, {name: value for name, value in content.items() if name != "rows"}, rows)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False)
+
+
+def _write_lines(path: Path, head: Mapping[str, Any], rows: Sequence[str]) -> None:
+    opening = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    cache.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    cache.write(path, f'{opening},\n "rows": [{",".join(f"{chr(10)}  {row}" for row in rows)}\n ]\n}}\n')
 
 
-def read(path: Path, benchmark: str) -> dict[str, Any]:
+def read(path: Path, *benchmarks: str) -> dict[str, Any]:
     """A result file's content.
 
+    Args:
+        path: of the file.
+        *benchmarks: whose it may be.
+
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or another benchmark's.
+        ValueError: it cannot be read, is no JSON, or another benchmark's; the sentence names the file.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # of the encoding, and of the JSON
+        raise ValueError(f"{path} is no JSON file: {error}") from error
     found = content.get("benchmark") if isinstance(content, dict) else None
-    if found != benchmark:
-        raise ValueError(f"{path} is a result of {found!r}, expected {benchmark!r}")
+    if found not in benchmarks:
+        holds = "no benchmark's name" if found is None else f"benchmark {json.dumps(found)}"
+        raise ValueError(f"{path} holds {holds}, expected {' or '.join(map(json.dumps, benchmarks))}")
     return dict(content)
+
+
+class ResultFile:
+    """A result file that grows, whole after every addition.
+
+    Args:
+        path: of the file; where there is one, of the same benchmark, its rows stay.
+        head: of `envelope`.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        self._path, self._head = path, head
+        self._rows = [_line(row) for row in read(path, head["benchmark"])["rows"]] if path.exists() else []
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows; see `write`."""
+        lines = [*self._rows, *map(_line, rows)]
+        _write_lines(self._path, self._head, lines)
+        self._rows = lines
 
 
 def add_row(path: Path, head: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Add a row to a result file, which begins as `head` (of `envelope`) where there is none."""
-    rows = read(path, head["benchmark"])["rows"] if path.exists() else []
-    write(path, {**head, "rows": [*rows, row]})
+    ResultFile(path, head).add([row])
 
 
 def checked(measure: Measure, figures: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

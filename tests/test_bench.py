@@ -90,7 +90,7 @@ def test_a_result_file_is_whole_after_every_row(tmp_path):
         results.add_row(path, HEAD, {"number": float("nan")})
     assert len(results.read(path, "layers")["rows"]) == 2
     assert [file.name for file in path.parent.iterdir()] == ["layers.json"]
-    with pytest.raises(ValueError, match="expected 'model'"):
+    with pytest.raises(ValueError, match='expected "model"'):
         results.read(path, "model")
     results.measure_cases(path, HEAD, [], False)
     assert results.read(path, "layers")["rows"] == []

@@ -16,7 +16,7 @@ from test_random import mask
 from torch import nn
 
 from alexnet_triton import AlexNet, FusedSequential, cli, ops
-from alexnet_triton.bench import checks, gpu, launches, layers, results
+from alexnet_triton.bench import checks, gpu, launches, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.kernels import conv, launch, linear, norm_pool, random
@@ -506,7 +506,7 @@ def test_rows_go_into_result_files_as_they_come_and_their_checks_count(tmp_path,
     monkeypatch.setattr(ops, "dropout_linear", lambda x, *rest: right(2 * x - x.detach(), *rest))
     assert gpu.run_cases(report, "times", [("roofs", lambda: gpu._roofs(run))], run) == 0
     measured = report.rows()[0]
-    cases = gpu._timings("layers", layers.cases(CASE_PLAN, lambda: gpu._measured_roofs(run)), run)
+    cases = gpu._timings("layers", CASE_PLAN._replace(roofs=lambda: gpu._measured_roofs(run)), run)
     assert gpu.run_cases(report, "times", cases, run) == 1
     kept = results.read(tmp_path / "layers.json", "layers")
     assert kept["roofs"]["copy_gbs"] == measured["copy_gbs"]  # measured once

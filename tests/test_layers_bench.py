@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from alexnet_triton import ops
-from alexnet_triton.bench import layers, results
+from alexnet_triton.bench import benchmark, layers, results
 from alexnet_triton.bench.checks import Conv, Linear, Pool, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
 
 CPU = torch.device("cpu")
-PLAN = Plan(CPU, ("paper",), (2,), (torch.float32,), 1, scale=Scale((2,), 8, 67, 0, 1))
 ROOFS = {"copy_gbs": 10.0, "tflops": {"float32": 0.1, "bfloat16": 0.2}}
+PLAN = Plan(CPU, ("paper",), (2,), (torch.float32,), 1, scale=Scale((2,), 8, 67, 0, 1), roofs=lambda: ROOFS)
 
 SMALL = {
     "convolution in groups": Conv((2, 8, 5, 5), (12, 4, 3, 3), ConvStage((1, 1), (1, 1), 2, True, True)),
@@ -74,7 +74,7 @@ def test_a_direction_that_is_wrong_is_named_and_has_no_time(name, op, plain, mon
     right = getattr(ops, op)
     with monkeypatch.context() as patch:
         patch.setattr(ops, op, lambda x, *rest: right(Doubled.apply(x), *rest))
-        rows = list(layers.rows_of("paper", "a", SMALL[name], torch.float32, 2, PLAN, ROOFS))
+        rows = list(layers.rows_of("paper", "a", SMALL[name], torch.float32, 2, PLAN))
     assert [row["direction"] for row in rows if "failed" in row] == ["data gradient"]
     assert all(("times" in row) != ("failed" in row) for row in rows)
     monkeypatch.setattr(ops, op, lambda *args: right(*args) * 1.01)
@@ -87,9 +87,9 @@ def test_a_mask_of_another_rate_fails(plain, monkeypatch):
 
 
 def test_every_layer_and_direction_is_written_with_its_floor_and_printed(tmp_path, plain, monkeypatch, capsys):
-    monkeypatch.setattr(layers, "plan", lambda device: PLAN)
-    monkeypatch.setattr(layers.roofs, "measure", lambda *args: ROOFS)
-    result = layers.run(tmp_path, device="cpu", progress=False)
+    monkeypatch.setattr(benchmark.roofs, "measure", lambda *args: ROOFS)
+    small = layers.BENCHMARK._replace(plan=lambda device: PLAN)
+    result = benchmark.run(small, tmp_path, "cpu", progress=False)
     assert results.read(tmp_path / "layers.json", "layers") == result
     places = [(row["layer"], row["direction"]) for row in result["rows"]]
     expected = [(name, d) for name in LAYERS for d in DIRECTIONS if not name.startswith("pool") or d in DIRECTIONS[:2]]
@@ -109,7 +109,7 @@ def test_every_layer_and_direction_is_written_with_its_floor_and_printed(tmp_pat
 
 def test_a_layer_of_two_variants_is_measured_once():
     plan = PLAN._replace(variants=("paper", "caffe"), dtypes=(torch.float32, torch.bfloat16))
-    names = [name for name, _ in layers.cases(plan, lambda: ROOFS)]
+    names = [name for name, _ in layers.cases(plan)]
     assert len(names) == len(set(names)) < 4 * len(LAYERS)
     assert sum(name.startswith("conv1 ") for name in names) == 2
     assert sum(name.startswith("pool1 ") for name in names) == 4  # the two normalise differently

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alexnet_triton import FusedSequential
-from alexnet_triton.bench import checks, layers, lpips, results
+from alexnet_triton.bench import benchmark, checks, layers, lpips, results
 from alexnet_triton.bench.checks import Scale
 from alexnet_triton.bench.plans import Plan
 
@@ -53,9 +53,9 @@ def test_a_gradient_that_differs_has_no_time(monkeypatch):
 
 
 def test_every_row_is_written_and_printed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lpips, "plan", lambda device: PLAN)
-    monkeypatch.setattr(lpips.roofs, "measure", lambda *args: {"copy_gbs": 1.0, "tflops": {"float32": 1.0}})
-    result = lpips.run(tmp_path, sizes=[63], device="cpu", progress=False)
+    monkeypatch.setattr(benchmark.roofs, "measure", lambda *args: {"copy_gbs": 1.0, "tflops": {"float32": 1.0}})
+    small = lpips.BENCHMARK._replace(plan=lambda device: PLAN)
+    result = benchmark.run(small, tmp_path, "cpu", progress=False, sizes=[63])
     assert results.read(tmp_path / "lpips.json", "lpips") == result
     assert [(row["task"], row["size"]) for row in result["rows"]] == [(task, 63) for task in lpips.TASKS]
     assert all(list(row["times"]) == ["alexnet_triton", "eager", "eager, channels-last"] for row in result["rows"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alexnet_triton import FusedSequential
-from alexnet_triton.bench import checks, layers, model, results
+from alexnet_triton.bench import benchmark, checks, layers, model, results
 from alexnet_triton.bench.checks import Scale
 from alexnet_triton.bench.plans import Plan
 
@@ -83,9 +83,9 @@ def test_a_gradient_that_differs_has_no_time(monkeypatch):
 
 
 def test_every_row_is_written_and_printed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(model, "plan", lambda device: PLAN)
-    monkeypatch.setattr(model.roofs, "measure", lambda *args: {"copy_gbs": 1.0, "tflops": {"float32": 1.0}})
-    result = model.run(tmp_path, ["paper"], [1, 2], device="cpu", progress=False)
+    monkeypatch.setattr(benchmark.roofs, "measure", lambda *args: {"copy_gbs": 1.0, "tflops": {"float32": 1.0}})
+    small = model.BENCHMARK._replace(plan=lambda device: PLAN)
+    result = benchmark.run(small, tmp_path, "cpu", progress=False, variants=["paper"], batches=[1, 2])
     assert results.read(tmp_path / "model.json", "model") == result
     assert [(row["task"], row["batch"]) for row in result["rows"]] == [
         (task, batch) for batch in (1, 2) for task in ("training step", "inference")

@@ -3,14 +3,12 @@ import json
 import re
 import runpy
 import sys
-import types
 from pathlib import Path
 
 import pytest
 from matplotlib.text import Text
 
-from alexnet_triton import bench
-from alexnet_triton.bench import plots
+from alexnet_triton.bench import benchmark, plots
 from alexnet_triton.bench.plots import canvas
 from alexnet_triton.bench.plots.roofline import _intensity, _speed, _with_intensity
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
@@ -315,18 +313,14 @@ def test_files_of_several_machines_get_pictures_of_their_own(tmp_path):
         plots.run("layers", [paths[0], paths[0]], tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "benchmark"), [("roofline", "layers"), ("layers", "layers"), ("throughput", "model")])
-def test_without_results_the_machine_is_measured_first(tmp_path, monkeypatch, kind, benchmark):
-    measured = types.ModuleType(benchmark)
-
-    def run(out):
+@pytest.mark.parametrize(("kind", "name"), [("roofline", "layers"), ("layers", "layers"), ("throughput", "model")])
+def test_without_results_the_machine_is_measured_first(tmp_path, monkeypatch, kind, name):
+    def run(measured, out):
         out.mkdir()
-        rows = [layer()] if benchmark == "layers" else [model()]
-        (out / f"{benchmark}.json").write_text(json.dumps(result(benchmark, rows)))
+        rows = [layer()] if measured.name == "layers" else [model()]
+        (out / f"{measured.name}.json").write_text(json.dumps(result(name, rows)))
 
-    measured.run = run
-    monkeypatch.setitem(sys.modules, f"alexnet_triton.bench.{benchmark}", measured)
-    monkeypatch.setattr(bench, benchmark, measured, raising=False)
+    monkeypatch.setattr(benchmark, "run", run)
     assert all(path.exists() for path in plots.run(kind, out=tmp_path / "out"))
 
 
@@ -353,7 +347,7 @@ WRONG = {
     "no JSON": ("{", "no JSON file"),
     "a list": ("[]", "no benchmark's name"),
     "binary": (b"\xff\xfe\x00", "no JSON file"),
-    "another benchmark": (changed(["benchmark"], "model"), 'holds benchmark "model"; this plot takes "layers"'),
+    "another benchmark": (changed(["benchmark"], "model"), 'holds benchmark "model", expected "layers"'),
     "no machine": (changed(["machine"], KeyError), "does not name its machine"),
     "no rows": (changed(["rows"], []), "has no rows"),
     "rows of texts": (changed(["rows"], ["a"]), "row 0 is no object"),

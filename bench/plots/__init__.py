@@ -63,15 +63,11 @@ def run(kind: str, results: Sequence[Path] = (), out: Path = Path("bench-out")) 
 def _measure(kind: str, out: Path) -> Path:
     if kind == "tuning":
         raise ValueError("plot tuning draws a tuning log and runs no tuning itself: give the log by --results")
-    if kind == "throughput":
-        from alexnet_triton.bench import model
+    from alexnet_triton.bench import benchmark, layers, model
 
-        model.run(out)
-        return out / "model.json"
-    from alexnet_triton.bench import layers
-
-    layers.run(out)
-    return out / "layers.json"
+    measured = model.BENCHMARK if kind == "throughput" else layers.BENCHMARK
+    benchmark.run(measured, out)
+    return out / f"{measured.name}.json"
 
 
 def _save(figure: Figure, out: Path, stem: str) -> list[Path]:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
-    pass
+from alexnet_triton.bench import results
+from alexnet_triton.bench.results import OURS
 
-OURS = "alexnet_triton"
 Row = Mapping[str, Any]
 
 LAYER = {"variant": str, "layer": str, "direction": str, "dtype": str, "batch": int}
@@ -71,17 +70,8 @@ def read(path: Path, benchmarks: Sequence[str]) -> Result:
     Raises:
         ValueError: the file is missing, no JSON, another benchmark's, lacks something, or has no row with a time.
     """
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:  # of the encoding, and of the JSON
-        raise ValueError(f"{path} is no JSON file: {error}") from error
-    wanted = " or ".join(f'"{name}"' for name in benchmarks)
-    benchmark: Any = content.get("benchmark") if isinstance(content, dict) else None
-    if benchmark not in benchmarks:
-        found = "no benchmark's name" if benchmark is None else f"benchmark {json.dumps(benchmark)}"
-        raise ValueError(f"{path} holds {found}; this plot takes {wanted}")
+    content = results.read(path, *benchmarks)
+    benchmark: str = content["benchmark"]
     machine, rows = content.get("machine"), content.get("rows")
     if not isinstance(machine, dict) or not isinstance(machine.get("device"), str):
         raise ValueError(f'{path} does not name its machine (no "machine" with a "device")')
