@@ -2,6 +2,7 @@
 # make test   run the tests
 # make check  lint, format, types
 # make bench  this network beside torchvision's on this CPU
+# make readme write the tables and pictures of README.md and bench/README.md anew from bench/results
 # Each creates .venv and installs what it needs, once.
 # make gpu    check the kernels on this machine's GPU and time them, with the packages that $(PYTHON) has
 
@@ -11,7 +12,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # The tests build many large networks: blocks that malloc keeps are not fetched from the system again.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench readme gpu clean
 
 demo: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton demo --out demo-out
@@ -28,6 +29,9 @@ check: .venv/installed-dev
 
 bench: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton bench cpu --out bench-out
+
+readme: .venv/installed-demo
+	.venv/bin/python -m alexnet_triton.bench readme
 
 gpu:
 	$(PYTHON) -c 'import alexnet_triton.bench' 2>/dev/null \

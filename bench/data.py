@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from alexnet_triton.bench import results
 from alexnet_triton.bench.checks import Absent, Measure
-from alexnet_triton.bench.layers import OURS
 from alexnet_triton.bench.model import TASKS
 from alexnet_triton.bench.plans import device_of
 from alexnet_triton.bench.plots import files
-from alexnet_triton.bench.results import Rows, checked
+from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, summary
 from alexnet_triton.recipe.data import LabelledImages, decode, fit, read_image
 from alexnet_triton.recipe.evaluate import Normalise
@@ -43,9 +43,8 @@ QUALITY = 92
 
 METHOD = (
     "Random images with a photograph's spectrum, as files in the system's memory, each stage alone with its input at "
-    "hand, after a check of its output against the pixels that the data set reads. What is done image by image runs on "
-    "one core, what is done by batches on torch's threads. The whole path is an epoch of a DataLoader whose workers are"
-    " there already."
+    "hand, after a check of its output against the pixels that the data set reads. What a worker of a DataLoader does "
+    "takes one thread, the rest torch's. The whole path is an epoch of a DataLoader whose workers are there already."
 )
 
 
@@ -145,6 +144,10 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 # --- the stages -------------------------------------------------------------------------------------------------------
 
 
+WORKER, HOST, DEVICE = "a worker", "the host", "the device"
+"""A worker of a DataLoader has one thread, the process that trains has torch's, and the device what it has."""
+
+
 class Stage(NamedTuple):
     """A stage of the input path."""
 
@@ -158,8 +161,8 @@ class Stage(NamedTuple):
     """Of the outputs of one call."""
     on_path: bool = True
     """Whether images pass through it on their way; the others stand beside it for comparison."""
-    on_device: bool = False
-    """Whether its work is the device's."""
+    where: str = WORKER
+    """Who does it: `WORKER`, `HOST` or `DEVICE`."""
     images: Callable[[Material], int] = lambda material: len(material.data)
     """How many a call does."""
     workers: int | None = None
@@ -210,6 +213,10 @@ def _check_png(material: Material, found: Iterable[Any]) -> Measure:
 
 def _check_pixels(material: Material, found: Iterable[Any]) -> Measure:
     return worst("pixels", 0.0, found, material.data.images)
+
+
+def _read(material: Material) -> Callable[[], Iterable[Any]]:
+    return lambda: (read_image(path, material.size) for path in material.paths["JPEG"])
 
 
 def _check_read(material: Material, found: Iterable[Any]) -> Measure:
@@ -287,13 +294,12 @@ STAGES: list[Stage] = [
     Stage("decode, JPEG", _each(lambda file: decode(io.BytesIO(file)), lambda m: m.encoded["JPEG"]), _check_jpeg),
     Stage("decode, PNG", _each(lambda file: decode(io.BytesIO(file)), lambda m: m.encoded["PNG"]), _check_png, False),
     Stage("resize, crop, to tensor", lambda m: lambda: (fit(i, m.size) for i in m.decoded), _check_pixels),
-    Stage("all of these: read_image", lambda m: lambda: (read_image(p, m.size) for p in m.paths["JPEG"]), _check_read,
-          False),
+    Stage("file to tensor (read_image)", _read, _check_read, False),
     Stage("collate a batch", _each(default_collate, _samples), _check_collated),
-    Stage("batch from memory", _from_memory, _check_from_memory, False),
-    Stage("copy to the device", _to_device, _check_batches, on_device=True),
-    Stage("normalise", _normalise, _check_normalised, on_device=True),
-]  # fmt: skip
+    Stage("batch from memory", _from_memory, _check_from_memory, False, HOST),
+    Stage("copy to the device", _to_device, _check_batches, where=DEVICE),
+    Stage("normalise", _normalise, _check_normalised, where=DEVICE),
+]
 """In the order in which images pass; the whole paths, of `whole_path`, come after them."""
 
 
@@ -308,6 +314,7 @@ def whole_path(workers: int) -> Stage:
         partial(_load, workers),
         partial(_check_loaded, workers),
         on_path=False,
+        where=HOST,
         images=partial(_epoch, workers),
         workers=workers,
     )
@@ -343,22 +350,33 @@ def _check_loaded(workers: int, material: Material, found: Iterable[Any]) -> Mea
 
 def row_of(stage: Stage, material: Material, rounds: int) -> dict[str, Any]:
     """A stage's time for all its images, or why there is none."""
-    row: dict[str, Any] = {
-        "stage": stage.name, "images": stage.images(material), "on_path": stage.on_path, "workers": stage.workers,
-    }  # fmt: skip
+    about = {"stage": stage.name, "where": stage.where, "on_path": stage.on_path, "workers": stage.workers}
+    row = {**about, "images": stage.images(material)}
     try:
         outputs = stage.begin(material)
     except Absent as absent:
         return {**row, "absent": str(absent)}
-    device = material.device if stage.on_device else "cpu"
+    device = material.device if stage.where == DEVICE else "cpu"
 
     def work() -> None:
         deque(outputs(), maxlen=0)
 
     def times() -> dict[str, Any]:
-        return {"times": {OURS: summary(in_turn({OURS: work}, rounds, device)[OURS])}}
+        with _threads(1 if stage.where == WORKER else torch.get_num_threads()):
+            return {"times": {OURS: summary(in_turn({OURS: work}, rounds, device)[OURS])}}
 
     return {**row, **checked(stage.check(material, outputs()), times)}
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Within the block torch's ops on the CPU take so many threads."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
 
 
 def needed(places: Iterable[Path]) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def test_every_stage_is_timed_and_one_whose_output_is_wrong_is_not(each, materia
         assert wrong["failed"]
 
 
-@pytest.mark.parametrize("name", ["resize, crop, to tensor", "all of these: read_image", "batch from memory"])
+@pytest.mark.parametrize("name", ["resize, crop, to tensor", "file to tensor (read_image)", "batch from memory"])
 def test_pixels_that_differ_have_no_time(name, material):
     each = stage(name)
 
@@ -76,6 +76,21 @@ def test_copies_are_timed_where_there_is_a_device(material, monkeypatch):
         data, "in_turn", lambda functions, rounds, device: {"alexnet_triton": [float(str(device) == "cpu")]}
     )
     assert data.row_of(stage("normalise"), material, 1)["times"]["alexnet_triton"]["median"] == 1
+
+
+def test_what_a_worker_does_is_timed_on_one_thread(material):
+    seen = []
+    threads = torch.get_num_threads()
+
+    def begin(material):
+        return lambda: [seen.append(torch.get_num_threads())]
+
+    for where in (data.WORKER, data.HOST):
+        right = data.Measure("", 0.0, 0.0)
+        data.row_of(data.Stage("", begin, lambda *_, right=right: right, where=where), material, 1)
+    assert seen[:3] == [threads, 1, 1]
+    assert seen[3:] == [threads] * 3
+    assert torch.get_num_threads() == threads
 
 
 def test_workers_read_what_one_process_reads(material):
