@@ -178,6 +178,7 @@ def _add_autotune(commands: Commands) -> None:
     tune.add_argument("--budget", type=_seconds, metavar="TIME", help=budget)
     tune.add_argument("--jobs", type=_positive, metavar="N", help="processes that compile; default: one a core")
     tune.add_argument("--export", type=Path, metavar="FILE", help="write the configs there; its name is the card's")
+    tune.add_argument("--log", type=Path, metavar="FILE", help="write every trial there, as `plot tuning` takes it")
     tune.add_argument("--dry-run", action="store_true", help="needs no GPU: compile, prune, print what would be timed")
     tune.add_argument("--target", default="sm_90", metavar="NAME", help="of a dry run; default: %(default)s")
     tune.set_defaults(run=_autotune)
@@ -291,11 +292,8 @@ def _autotune(options: argparse.Namespace) -> int:
 
     o = options
     budget = o.budget or (float("inf") if o.dry_run else 180.0)
-    return run(
-        Options(
-            o.variant, o.batch, _dtype(o.dtype), o.layer, o.direction, budget, o.jobs, o.dry_run, o.target, o.export
-        )
-    )
+    chosen = (o.variant, o.batch, _dtype(o.dtype), o.layer, o.direction, budget, o.jobs)
+    return run(Options(*chosen, o.dry_run, o.target, o.export, o.log))
 
 
 def _dtype(name: str) -> str:

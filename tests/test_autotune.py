@@ -13,10 +13,11 @@ from alexnet_triton.kernels import config, launch, linear
 from alexnet_triton.kernels.config import ConvConfig, ConvProblem, LinearConfig, LinearProblem
 from alexnet_triton.kernels.target import TARGETS
 from alexnet_triton.stages import ConvStage, PoolStage
-from alexnet_triton.tuning import autotune, candidates
-from alexnet_triton.tuning.autotune import Figures, Options, Trial, Tuned
+from alexnet_triton.tuning import autotune, candidates, table, trials
+from alexnet_triton.tuning.autotune import Options
 from alexnet_triton.tuning.candidates import Objection
 from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.trials import Figures, Trial, Tuned
 from alexnet_triton.tuning.works import Work, works
 from alexnet_triton.variants import VARIANTS
 
@@ -36,9 +37,7 @@ def test_every_layer_and_direction_has_its_work(variant):
     assert sorted(places) == sorted({(name, d) for name in LAYERS for d in DIRECTIONS} - set(pools))
     for work in found:
         assert work.problem.images == 2
-        with launch.recording(H100) as launches:
-            work.again(work.problem.default(H100))
-        assert sum(one.kernel.fn.__name__ in autotune.TUNED for one in launches) == 1, work.place
+        assert trials.main_launch(work, work.problem.default(H100), H100).programs > 0, work.place
 
 
 def test_work_done_again_with_another_config_gives_the_same_answer():
@@ -83,19 +82,23 @@ def linear_work(again=None):
     return Work("fc8", "forward", PROBLEM, (lambda chosen: again(chosen, right)) if again else right)
 
 
+def lasting(seconds):
+    return {"median": seconds, "p20": seconds, "p80": seconds, "samples": 1}
+
+
 def clock(seconds):
     def time(functions, rounds):
         for function in functions.values():
             function()
-        return {chosen: seconds[chosen] for chosen in functions}
+        return {chosen: lasting(seconds[chosen]) for chosen in functions}
 
     return time
 
 
 def test_right_answers_are_timed():
-    trials = autotune.time_candidates(linear_work(), [Trial(A), Trial(B)], clock({A: 2.0, B: 1.0}))
-    assert [trial.seconds for trial in trials] == [2.0, 1.0]
-    assert not any(trial.objection for trial in trials)
+    done = autotune.time_candidates(linear_work(), [Trial(A), Trial(B)], clock({A: 2.0, B: 1.0}))
+    assert [trial.seconds for trial in done] == [2.0, 1.0]
+    assert not any(trial.objection for trial in done)
 
 
 def test_times_are_medians_of_samples_without_the_hosts_time(monkeypatch):
@@ -106,7 +109,9 @@ def test_times_are_medians_of_samples_without_the_hosts_time(monkeypatch):
         return {name: [function(), 1.0, 9.0] for name, function in functions.items()}
 
     monkeypatch.setattr(timing, "in_turn", in_turn)
-    assert autotune._on_this_gpu({A: lambda: 2.0, B: lambda: 0.5}, 3) == {A: 2.0, B: 1.0}
+    found = autotune._on_this_gpu({A: lambda: 2.0, B: lambda: 0.5}, 3)
+    assert {chosen: time["median"] for chosen, time in found.items()} == {A: 2.0, B: 1.0}
+    assert found[A]["p20"] < 2.0 < found[A]["p80"]
 
 
 def test_wrong_answers_and_refusals_are_not():
@@ -115,18 +120,18 @@ def test_wrong_answers_and_refusals_are_not():
             raise RuntimeError("out of resources\nand more")
         return right(chosen) * (1.001 if chosen == B else 1)
 
-    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B), Trial(C)], clock({A: 2.0}))
-    assert [trial.seconds for trial in trials] == [2.0, None, None]
-    assert trials[1].objection.reason == "its answer is wrong"
-    assert str(trials[2].objection) == "it cannot be launched: out of resources"
+    done = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B), Trial(C)], clock({A: 2.0}))
+    assert [trial.seconds for trial in done] == [2.0, None, None]
+    assert done[1].objection.reason == "its answer is wrong"
+    assert str(done[2].objection) == "it cannot be launched: out of resources"
 
 
 def test_what_a_candidate_leaves_unwritten_is_wrong():
     def again(chosen, right):
         return launch.empty((4, 8), torch.ones(1)) if chosen == B else right(chosen)
 
-    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B)], clock({A: 2.0}))
-    assert trials[1].objection.reason == "its answer is wrong"
+    done = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B)], clock({A: 2.0}))
+    assert done[1].objection.reason == "its answer is wrong"
 
 
 def test_what_was_pruned_is_neither_run_nor_timed():
@@ -134,29 +139,29 @@ def test_what_was_pruned_is_neither_run_nor_timed():
         assert chosen == A
         return right(chosen)
 
-    trials = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B, Objection("spills"))], clock({A: 1.0}))
-    assert trials[1].seconds is None
+    done = autotune.time_candidates(linear_work(again), [Trial(A), Trial(B, Objection("spills"))], clock({A: 1.0}))
+    assert done[1].seconds is None
 
 
 # --- the choice ---------------------------------------------------------------------------------------------
 
 
 def measured(**seconds):
-    return [Trial(c, seconds=seconds[name]) for name, c in zip("abc", (A, B, C), strict=True) if name in seconds]
+    return [Trial(c, time=lasting(seconds[name])) for name, c in zip("abc", (A, B, C), strict=True) if name in seconds]
 
 
 def test_the_default_stays_unless_another_gains_more_than_the_noise():
-    assert autotune.choose_best(measured(a=1.0, b=0.99), "measured", Counter()).config == A
-    assert autotune.choose_best(measured(a=1.0, b=0.9), "measured", Counter()).config == B
+    assert trials.choose_best(measured(a=1.0, b=0.99), "measured", Counter()).config == A
+    assert trials.choose_best(measured(a=1.0, b=0.9), "measured", Counter()).config == B
     modelled = [Trial(A, cycles=100), Trial(B, cycles=96)]
-    assert autotune.choose_best(modelled, "modelled", Counter()).config == A
+    assert trials.choose_best(modelled, "modelled", Counter()).config == A
 
 
 def test_of_ties_the_one_wins_that_other_batches_chose():
-    trials = measured(a=1.0, b=0.500, c=0.505)
-    assert autotune.choose_best(trials, "measured", Counter()).config == B
-    assert autotune.choose_best(trials, "measured", Counter({C: 1})).config == C
-    assert autotune.choose_best(measured(a=1.0, b=0.5, c=0.6), "measured", Counter({C: 9})).config == B
+    tried = measured(a=1.0, b=0.500, c=0.505)
+    assert trials.choose_best(tried, "measured", Counter()).config == B
+    assert trials.choose_best(tried, "measured", Counter({C: 1})).config == C
+    assert trials.choose_best(measured(a=1.0, b=0.5, c=0.6), "measured", Counter({C: 9})).config == B
 
 
 def test_the_compilers_figures_prune_and_stretch():
@@ -169,7 +174,7 @@ def test_the_compilers_figures_prune_and_stretch():
         waits: Figures(None, 0.9),
         fits: Figures(None, 0.5),
     }
-    done = autotune._with_figures(problem, [Trial(config) for config in figures], figures, H100)
+    done = trials.with_figures(problem, [Trial(config) for config in figures], figures, H100)
     reasons = [trial.objection and trial.objection.reason for trial in done]
     assert reasons == [None, "registers spill", "its tiles and its loop's instructions need more cycles", None]
     assert [trial.issue_share for trial in done] == [0.4, None, 0.9, 0.5]
@@ -178,13 +183,13 @@ def test_the_compilers_figures_prune_and_stretch():
 
 def test_what_is_kept_is_what_a_launch_then_gets(tmp_path, monkeypatch):
     monkeypatch.setenv("ALEXNET_TRITON_CACHE", str(tmp_path))
-    import triton
 
     problem = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, torch.bfloat16, False)
     chosen, card = ConvConfig(64, 32, 0, 64, 4, 2), "NVIDIA Test"
-    trials = (Trial(problem.default(H100), seconds=2e-4), Trial(chosen, seconds=1e-4))
-    result = Tuned("conv3", "forward", problem, trials, trials[1])
-    autotune._keep([result], card, "measured", triton.__version__)
+    tried = (Trial(problem.default(H100), time=lasting(2e-4)), Trial(chosen, time=lasting(1e-4)))
+    keeper = autotune.Keeper(cache.cache_path(), card, "measured", None, "cpu")
+    keeper.keep(Tuned("paper", "conv3", "forward", problem, tried, tried[1]))
+    configs.forget()
     before = config.look_up_with(configs.lookup)
     try:
         assert config.choose(H100._replace(card=card), problem) == chosen
@@ -196,17 +201,17 @@ def test_what_is_kept_is_what_a_launch_then_gets(tmp_path, monkeypatch):
 
 
 def test_a_row_and_the_summary_say_what_was_tried_and_why_not():
-    trials = (
-        Trial(A, seconds=2e-4),
-        Trial(B, seconds=1e-4),
+    tried = (
+        Trial(A, time=lasting(2e-4)),
+        Trial(B, time=lasting(1e-4)),
         Trial(C, Objection("registers spill", "8 bytes a thread")),
     )
-    result = Tuned("fc8", "forward", PROBLEM, trials, trials[1])
-    row = autotune.format_row(result)
+    result = Tuned("paper", "fc8", "forward", PROBLEM, tried, tried[1])
+    row = table.format_row(result)
     assert row.split()[:7] == ["fc8", "forward", "4", "3", "2", "100.0", "us"]
     assert "2.00" in row
     assert "splits=2" in row
-    text = autotune.summary([result], "measured")
+    text = table.summary([result], "measured")
     assert "3 candidates, 1 pruned (33%), 2 timed" in text
     assert "1  registers spill" in text
     assert "1 of 1 problems gain" in text

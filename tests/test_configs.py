@@ -82,7 +82,9 @@ def test_without_any_file_the_rule_decides():
 def test_a_small_batch_gets_narrow_tiles_before_the_card_stands_idle(images):
     problem = CONV._replace(images=images)
     rule = problem.default(TARGET)
-    programs = -(-images * 169 // rule.block_npq) * -(-384 // (rule.block_k + rule.extra_k))
+    programs = (
+        -(-images * 169 // rule.block_npq) * -(-384 // (rule.block_k + rule.extra_k)) * getattr(rule, "splits", 1)
+    )
     assert rule.block_k == 32 or 2 * programs > TARGET.multiprocessors
 
 
@@ -192,7 +194,9 @@ BROKEN = {
     "truncated": GOOD[: len(GOOD) // 2],
     "not JSON": "configs",
     "a list": "[]",
-    "another version": GOOD.replace('"version": 1', '"version": 2'),
+    "a later version": GOOD.replace('"version": 1', '"version": 2'),
+    "an earlier version": GOOD.replace('"version": 1', '"version": 0'),
+    "a version that is only equal": GOOD.replace('"version": 1', '"version": true'),
     "cards of a wrong type": '{"version": 1, "cards": []}',
     "problems of a wrong type": '{"version": 1, "cards": {"a": 3}}',
     "batches of a wrong type": '{"version": 1, "cards": {"a": {"b": []}}}',
@@ -202,6 +206,14 @@ BROKEN = {
     "a source that is none": GOOD.replace('"measured"', '"guessed"'),
     "a config that is no mapping": GOOD.replace("384", "1").replace('"config": {', '"config": [{').replace("2}", "2}]"),
     "a time that is no number": GOOD.replace('"source"', '"seconds": "fast", "source"'),
+    "a time that is NaN": GOOD.replace('"source"', '"seconds": NaN, "source"'),
+    "an endless time": GOOD.replace('"source"', '"seconds": 1e999, "source"'),
+    "a negative time": GOOD.replace('"source"', '"default_seconds": -1, "source"'),
+    "a batch in other digits": GOOD.replace('"128"', '"0128"'),
+    "a batch of too many digits": GOOD.replace('"128"', f'"{"1" * 5000}"'),
+    "a number of too many digits": GOOD.replace('"version": 1', f'"version": {"1" * 5000}'),
+    "a batch twice": GOOD.replace('    "128"', '    "128": {}, "128"'),
+    "a card twice": GOOD.replace(f'  "{CARD}"', f'  "{CARD}": {{}}, "{CARD}"', 1),
     "deep": "[" * 100_000,
 }
 
@@ -223,13 +235,77 @@ def test_bytes_that_are_no_text_and_a_folder_in_the_files_place_are_ignored_too(
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.warns(UserWarning, match="are ignored"):
         assert cache.read(path) == {}
-    with pytest.warns(UserWarning, match="are ignored"):
+    with pytest.warns(UserWarning, match="it is no file"):
         assert cache.read(folder) == {}
+    with pytest.raises(OSError, match="is no file"):
+        cache.merge(folder, {})
+
+
+def test_what_would_be_read_for_ever_is_not(folder):
+    os.mkfifo(folder / "pipe")
+    with (folder / "large").open("wb") as file:
+        file.truncate(50 * 2**20)
+    (folder / "round").symlink_to("round")
+    for name, why in (("pipe", "it is no file"), ("large", "52,428,800 bytes"), ("round", "symbolic links|Too many")):
+        with pytest.warns(UserWarning, match=why):
+            assert cache.read(folder / name) == {}
+
+
+@pytest.mark.parametrize("name", ["truncated", "a later version"])
+def test_a_broken_file_is_kept_beside_the_one_that_replaces_it(name):
+    path = cache.cache_path()
+    path.write_text(BROKEN[name])
+    with pytest.warns(UserWarning, match="are ignored"):
+        keep(128)
+    assert config.choose(TARGET, CONV) == ONE
+    assert path.with_name("configs.json.broken").read_text() == BROKEN[name]
+
+
+def test_a_link_stays_one_and_what_a_kill_left_is_swept(folder):
+    path = cache.cache_path()
+    (folder / "elsewhere").mkdir()
+    path.symlink_to(folder / "elsewhere" / "mine.json")
+    (folder / "elsewhere" / ".mine.json.left").write_text("half")
+    keep(128)
+    assert path.is_symlink()
+    assert sorted(os.listdir(folder / "elsewhere")) == ["mine.json", "mine.json.lock"]
+    assert config.choose(TARGET, CONV) == ONE
+
+
+def test_whoever_has_no_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("ALEXNET_TRITON_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(cache.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+
+
+def test_a_broken_shipped_file_is_reported_and_ignored(tmp_path, monkeypatch):
+    (tmp_path / "test.json").write_text("{")
+    monkeypatch.setattr(configs, "files", lambda package: tmp_path)
+    with pytest.warns(UserWarning, match="test.json are ignored"):
+        assert config.choose(TARGET, CONV) == CONV.default(TARGET)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"block_npq": 48}, {"block_npq": "64"}, {"stages": 0}, {"warps": True}, {"extra_k": -1}, {"unknown": 1}],
+    [
+        {"block_npq": 48},
+        {"block_npq": "64"},
+        {"stages": 0},
+        {"warps": True},
+        {"extra_k": -1},
+        {"unknown": 1},
+        {"block_k": 0},
+        {"block_k": float("nan")},
+        {"block_k": 64.0},
+        {"block_k": None},
+        {"block_k": [64]},
+        {"block_k": 10**30},
+        {"warps": 64},
+        {"stages": 33},
+        {"block_npq": 2**14, "block_k": 2**14},
+        {"block_npq": 256, "block_k": 256, "stages": 6},
+    ],
     ids=str,
 )
 def test_a_config_that_no_kernel_can_take_is_ignored_and_said(change):
@@ -237,6 +313,31 @@ def test_a_config_that_no_kernel_can_take_is_ignored_and_said(change):
     cache.merge(cache.cache_path(), {CARD: {cache.problem_key(CONV): {128: wrong}}})
     with pytest.warns(UserWarning, match="a tuned config is ignored"):
         assert config.choose(TARGET, CONV) == CONV.default(TARGET)
+
+
+def test_a_wrong_config_does_not_hide_the_shipped_one(monkeypatch):
+    ship(monkeypatch, 128)
+    keep(128, config={**dataclasses.asdict(ONE), "stages": 0})
+    with pytest.warns(UserWarning, match="a tuned config is ignored"):
+        assert config.choose(TARGET, CONV) == OTHER
+
+
+def test_a_word_of_a_config_is_one_that_kernels_know():
+    given = {**dataclasses.asdict(ONE), "loop": "gathered"}
+    assert cache.config_of(entry(config=given), ConvProblem)
+    for wrong in ("gathred", 1, None, ["gathered"]):
+        with pytest.raises(ValueError, match="loop of a config is one of gathered, shifted"):
+            cache.config_of(entry(config={**given, "loop": wrong}), ConvProblem)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
+def test_the_rules_configs_fit_every_card_and_survive_what_is_asked_of_a_files(problem):
+    for target in TARGETS.values():
+        for images in (1, 128, 1024):
+            own = problem._replace(images=images)
+            rule = own.default(target)
+            configs.check_fits(own, rule, target)
+            assert cache.config_of(cache.entry_of(rule, "modelled", type(own), ""), type(own)) == rule
 
 
 def test_a_cache_that_cannot_be_read_or_written(folder):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import re
 import runpy
@@ -39,9 +40,16 @@ def model(batch=128, task="inference", **other):
     return {"task": task, "variant": "paper", "dtype": "bfloat16", "batch": batch, "times": times, **other}
 
 
-def candidate(time=1e-4, pruned=None, default=False, **other):
-    place = {"layer": "conv2", "direction": "forward", "batch": 128, "dtype": "bfloat16", "config": "128x64"}
-    return {**place, "time": time, "pruned": pruned, "default": default, **other}
+CONFIGS = itertools.count()
+
+
+def trial(time=1e-4, pruned=None, default=False, **other):
+    place = {"variant": "paper", "layer": "conv2", "direction": "forward", "batch": 128, "dtype": "bfloat16"}
+    config = {"block": next(CONFIGS)}
+    why = {"reason": pruned, "figure": "31%"} if isinstance(pruned, str) else pruned
+    time = seconds(time) if isinstance(time, float) else time
+    return {**place, "config": config, "time": time, "cycles": 1e4, "pruned": why, "default": default, "chosen": False,
+            **other}  # fmt: skip
 
 
 def result(benchmark, rows, **other):
@@ -181,31 +189,35 @@ def test_throughput_takes_lpips_files_too(draw):
     assert "forward, 64 pixels, float32" in found
 
 
-def test_tuning_shows_the_best_over_the_default_and_counts_reasons(draw):
+def test_tuning_shows_the_chosen_over_the_default_and_counts_reasons(draw):
     rows = [
-        candidate(1.5e-4), candidate(2e-4, default=True), candidate(3e-4),
-        candidate(None, "31% of its products fall outside the answer"),
-        candidate(None, "45% of its products fall outside the answer"),
-        candidate(None, "its stages need 400,000 bytes of shared memory"),
-        candidate(None, "spills", layer="fc6"),
+        trial(1.5e-4, chosen=True), trial(2e-4, default=True), trial(3e-4),
+        trial(None, "too many products fall outside the answer"),
+        trial(None, "too many products fall outside the answer"),
+        trial(None, "registers spill"),
+        trial(None, "registers spill", layer="fc6"),
     ]  # fmt: skip
     (found,) = draw("tuning", result("tuning", rows))
-    for text in ("conv2 forward", "fc6 forward", "0.75", "timed (3)", "n% of its products fall outside the answer (2)",
-                 "its stages need n bytes of shared memory (1)", "nothing timed", "(ratio)", "(count)"):  # fmt: skip
+    for text in ("Tuning of AlexNet (paper), bfloat16, batch 128", "conv2 forward", "fc6 forward", "0.75", "timed (3)",
+                 "too many products fall outside the answer (2)", "registers spill (2)", "nothing to compare",
+                 "time over the default&#x27;s (ratio)", "(count)"):  # fmt: skip
+        assert text.replace("&#x27;", "'") in found
+    assert "estimate" not in found
+
+
+def test_a_dry_run_of_tuning_is_called_an_estimate_and_compares_cycles(draw):
+    rows = [trial(None, default=True), trial(None, "registers spill", cycles=1e3), trial(None, cycles=8e3, chosen=True)]
+    (found,) = draw("tuning", result("tuning", [*rows, trial(None, layer="pool1", cycles=None)], measured=False))
+    for text in ("Dry run of tuning of AlexNet (paper)", "a model's estimate for Made-up Card 80GB", "not timed (3)",
+                 "modelled cycles over the default's (ratio)", "0.80", "nothing to compare"):  # fmt: skip
         assert text in found
-
-
-def test_a_dry_run_of_tuning_shows_what_was_pruned(draw):
-    (found,) = draw("tuning", result("tuning", [candidate(None, default=True), candidate(None, "spills")]))
-    assert "Dry run of tuning" in found
-    assert "not timed (1)" in found
-    assert "(ratio)" not in found
+    assert "0.10" not in found  # what was pruned is compared with nothing
 
 
 @pytest.mark.parametrize(
     ("kind", "benchmark", "row"),
     [("roofline", "layers", layer()), ("layers", "layers", layer()), ("throughput", "model", model()),
-     ("tuning", "tuning", candidate(default=True))],
+     ("tuning", "tuning", trial(default=True))],
 )  # fmt: skip
 def test_the_caption_names_device_versions_and_method_and_the_title_a_cpu(draw, kind, benchmark, row):
     (found,) = draw(kind, result(benchmark, [row]))
@@ -381,10 +393,16 @@ def test_a_missing_file_an_unknown_plot_and_a_wrong_log_are_refused_too(tmp_path
         plots.run("layers", [tmp_path / "none.json"], tmp_path)
     with pytest.raises(ValueError, match="one of roofline, throughput, layers, tuning, got 'pie'"):
         plots.run("pie", [], tmp_path)
-    with pytest.raises(ValueError, match='"time" must be positive seconds or null, got "fast"'):
-        draw("tuning", result("tuning", [candidate("fast")]))
-    with pytest.raises(ValueError, match='"pruned" must be a sentence or null, got 3'):
-        draw("tuning", result("tuning", [candidate(None, 3)]))
+    for wrong, sentence in (
+        (trial("fast"), '"median" of its time must be positive seconds'),
+        (trial(None, 3), '"pruned" must have a "reason" or be null, got 3'),
+        (trial(cycles=-1), '"cycles" must be a positive number or null, got -1'),
+        (trial(config="128x64"), '"config" must be an object, got "128x64"'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            draw("tuning", result("tuning", [wrong]))
+    with pytest.raises(ValueError, match="row 1 is for the same as row 0"):
+        draw("tuning", result("tuning", [trial(config={"block": 1}), trial(config={"block": 1})]))
 
 
 def test_matplotlib_is_loaded_when_a_picture_is_drawn(monkeypatch):

@@ -15,11 +15,19 @@ import math
 import re
 import warnings
 from importlib.resources import files
+from pathlib import Path
 
 from alexnet_triton.configs import cache
 from alexnet_triton.configs.cache import Entry
 from alexnet_triton.kernels import config as kernels_config
-from alexnet_triton.kernels.config import Config, Problem
+from alexnet_triton.kernels.config import (
+    Config,
+    ConvProblem,
+    LinearProblem,
+    NormPoolProblem,
+    Problem,
+    WeightGradientProblem,
+)
 from alexnet_triton.kernels.target import Target
 
 FARTHEST = 4
@@ -43,8 +51,10 @@ def lookup(target: Target, problem: Problem) -> Config | None:
     if not target.card:
         return None
     key = cache.problem_key(problem)
-    op = type(problem)
-    sources = [_current(_users(target.card).get(key, {}), op, True), _current(shipped(target.card).get(key, {}), op)]
+    sources = [
+        _current(_users(target.card).get(key, {}), target, problem, True),
+        _current(shipped(target.card).get(key, {}), target, problem),
+    ]
     for entries in sources:
         if problem.images in entries:
             return entries[problem.images]
@@ -60,27 +70,73 @@ def lookup(target: Target, problem: Problem) -> Config | None:
     return nearest[2] if nearest and nearest[0] <= math.log2(FARTHEST) else None
 
 
-def _current(entries: dict[int, Entry], op: type[Problem], needs_triton: bool = False) -> dict[int, Config]:
-    """The configs that count for these kernels and, where asked, for this Triton."""
+def _current(
+    entries: dict[int, Entry], target: Target, problem: Problem, needs_triton: bool = False
+) -> dict[int, Config]:
+    """The configs that count for these kernels and, where asked, for this Triton, and that a card can take."""
     if not entries:
         return {}
     import triton
 
+    op = type(problem)
     kernel = cache.kernel_hash(cache.OPS[op])
     found = {}
     for images, entry in entries.items():
         if entry.kernel != kernel or (needs_triton and entry.triton != triton.__version__):
             continue
         try:
-            found[images] = cache.config_of(entry, op)
+            config = cache.config_of(entry, op)
+            check_fits(problem, config, target)
+            found[images] = config
         except ValueError as error:
             warnings.warn(f"a tuned config is ignored: {error}", stacklevel=2)
     return found
 
 
+MOST_ELEMENTS = 2**20
+"""Of a tile: Triton's own limit."""
+
+
+def check_fits(problem: Problem, config: Config, target: Target) -> None:
+    """Refuse a config whose launch must fail on a card. One that passes may still be too large for the compiler.
+
+    Raises:
+        ValueError: its tiles, or its parts of a sum, are more than a card can take.
+    """
+    given = vars(config)
+    height, width, step = _tile(problem, given)
+    if height * width > MOST_ELEMENTS:
+        raise ValueError(f"a tile of {height:,} x {width:,} elements is more than Triton takes, in {config}")
+    itemsize, stages = problem.dtype.itemsize, given.get("stages", 1)
+    # The compiler may keep the last of the stages in registers, and a loop that is not pipelined all of them.
+    needed = max(0, stages - 1) * (height + width) * step * itemsize
+    if needed > target.shared_memory:
+        has = f"a program has {target.shared_memory:,}"
+        raise ValueError(f"its stages need {needed:,} bytes of shared memory, {has}, in {config}")
+    if given.get("splits", 1) > 8 * target.multiprocessors:
+        raise ValueError(
+            f"{given['splits']:,} parts of a sum are more than {target.multiprocessors} multiprocessors need"
+        )
+
+
+def _tile(problem: Problem, given: dict[str, int]) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and how many of what it sums over a step takes; 0 where it sums nothing."""
+    if isinstance(problem, NormPoolProblem):
+        return given["block"], given["lanes"], 0
+    if isinstance(problem, LinearProblem):
+        return given["block_m"], given["block_n"], given["block_k"]
+    height, step = ("block_npq", "block_crs") if isinstance(problem, ConvProblem) else ("block_crs", "block_npq")
+    assert isinstance(problem, ConvProblem | WeightGradientProblem)
+    return given[height], given["block_k"] + given.get("extra_k", 0), given[step]
+
+
 @functools.cache
 def _users(card: str) -> dict[str, dict[int, Entry]]:
-    return cache.read(cache.cache_path()).get(card, {})
+    try:
+        path = cache.cache_path()
+    except RuntimeError:  # a user without a home has none
+        return {}
+    return cache.read(path).get(card, {})
 
 
 @functools.cache
@@ -90,5 +146,5 @@ def shipped(card: str) -> dict[str, dict[int, Entry]]:
     for path in sorted(files(__package__).iterdir(), key=lambda path: path.name):
         name = path.name.removesuffix(".json")
         if path.name.endswith(".json") and name in words:
-            return cache.parse(path.read_text(encoding="utf-8")).get(name, {})
+            return cache.read(Path(str(path))).get(name, {})
     return {}

@@ -9,16 +9,20 @@ the batch. `"source"` is `"measured"`, on that card, or `"modelled"`, from the c
 from __future__ import annotations
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
+import shutil
+import stat
 import sys
 import tempfile
 import tokenize
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +61,7 @@ _KERNELS = {
 class Entry(NamedTuple):
     """A config, and where it comes from."""
 
-    config: dict[str, int]
+    config: dict[str, Any]
     source: str
     """Of `SOURCES`."""
     triton: str
@@ -76,10 +80,14 @@ Cards = dict[str, dict[str, dict[int, Entry]]]
 
 
 def cache_path() -> Path:
-    """The user's file: in the folder `ALEXNET_TRITON_CACHE`, else in the user's cache folder."""
+    """The user's file: in the folder `ALEXNET_TRITON_CACHE`, else in the user's cache folder.
+
+    Raises:
+        RuntimeError: there is no such variable, and the user has no home.
+    """
     folder = os.environ.get("ALEXNET_TRITON_CACHE")
     if folder:
-        return Path(folder) / "configs.json"
+        return Path(folder).expanduser() / "configs.json"
     if sys.platform == "win32":
         root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -125,17 +133,32 @@ def config_of(entry: Entry, op: type[Problem]) -> Config:
         ValueError: it is none for problems of the kind `op`.
     """
     kind = CONFIGS[op]
-    names = [field.name for field in fields(kind)]
     given = entry.config
-    if sorted(given) != sorted(names) or not all(type(value) is int and 0 <= value < 2**16 for value in given.values()):
-        raise ValueError(f"a config of {OPS[op]} has the whole numbers {', '.join(names)}, got {given}")
-    for name in ("block_npq", "block_k", "block_crs", "block_m", "block_n", "block", "lanes", "warps", "extra_k"):
-        value = given.get(name, 1)
-        if value & (value - 1) or (value == 0 and name != "extra_k"):
+    defaults = {field.name: field.default for field in fields(kind)}
+    unknown, missing = set(given) - set(defaults), {name for name, default in defaults.items() if default is MISSING}
+    if unknown or missing - set(given):
+        raise ValueError(f"a config of {OPS[op]} has the fields {', '.join(defaults)}, got {given}")
+    for name, value in given.items():
+        if name in WORDS:
+            if value not in WORDS[name]:
+                raise ValueError(f"{name} of a config is one of {', '.join(WORDS[name])}, got {value!r}")
+        elif type(value) is not int or not least(name) <= value <= MOST.get(name, 2**16):
+            raise ValueError(f"{name} of a config is a whole number that kernels can take, got {value!r}")
+        elif name.startswith(("block", "extra", "lanes", "warps")) and value & (value - 1):
             raise ValueError(f"{name} of a config is a power of two, got {value}")
-    if min(given.get("splits", 1), given.get("stages", 1), given.get("strip", 1)) < 1:
-        raise ValueError(f"splits, stages and strip of a config are at least 1, got {given}")
     return kind(**given)
+
+
+WORDS: dict[str, tuple[str, ...]] = {"loop": ("gathered", "shifted")}
+"""Fields of configs that are no numbers, and what they may be."""
+
+MOST = {"warps": 32, "stages": 32}
+"""What fields may be at most: a program has 1,024 threads."""
+
+
+def least(name: str) -> int:
+    """What a field of a config must at least be."""
+    return 0 if name.startswith("extra") else 1
 
 
 def entry_of(config: Config, source: str, op: type[Problem], triton: str, **facts: Any) -> Entry:
@@ -153,10 +176,13 @@ def parse(text: str) -> Cards:
         ValueError: it is not such a file; the sentence says where.
     """
     try:
-        whole = json.loads(text)
+        whole = json.loads(text, object_pairs_hook=_once)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from error
-    if not isinstance(whole, dict) or whole.get("version") != VERSION or not isinstance(whole.get("cards"), dict):
+    version = whole.get("version") if isinstance(whole, dict) else None
+    if type(version) is int and version > VERSION:
+        raise ValueError(f"it is of version {version}, which a later alexnet_triton has written")
+    if type(version) is not int or version != VERSION or not isinstance(whole.get("cards"), dict):
         raise ValueError(f'it is no file of configs of version {VERSION} ({{"version": {VERSION}, "cards": ...}})')
     cards: Cards = {}
     for card, problems in whole["cards"].items():
@@ -166,6 +192,15 @@ def parse(text: str) -> Cards:
     return cards
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} stands twice in one place")
+        found[name] = value
+    return found
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"what stands under {where!r} is {type(value).__name__}, not a mapping")
@@ -173,7 +208,7 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
 
 
 def _images(text: str, where: str) -> int:
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or text != str(int(text)):
         raise ValueError(f"{text!r} under {where!r} is no number of images")
     return int(text)
 
@@ -189,16 +224,31 @@ def _entry(value: Any, where: str) -> Entry:
     for name, item in value.items():
         if not isinstance(item, (kinds | kinds_or_none)[name]) or isinstance(item, bool):
             raise ValueError(f"{name!r} under {where!r} is {type(item).__name__}")
+        if name in kinds_or_none and item is not None and not 0 < item < math.inf:
+            raise ValueError(f"{name!r} under {where!r} is {item}, expected seconds")
     return Entry(**value)
 
 
 _reported: set[Path] = set()
 
 
+MOST_BYTES = 2**25
+"""Of a file that is read: a hundred times what all networks and batches fill."""
+
+
+def _text(path: Path) -> str:
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for
+        raise OSError("it is no file")
+    if facts.st_size > MOST_BYTES:
+        raise OSError(f"it has {facts.st_size:,} bytes, and none has over {MOST_BYTES:,}")
+    return path.read_text(encoding="utf-8")
+
+
 def read(path: Path) -> Cards:
     """The entries of a file; none where it is absent. A broken one is reported once, as a warning, and ignored."""
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(_text(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
@@ -230,20 +280,42 @@ def _brief(entry: Entry) -> dict[str, Any]:
     return {name: value for name, value in entry._asdict().items() if value not in (None, "")}
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def merge(path: Path, cards: Cards) -> None:
     """Add entries to a file, in the place of older ones of the same card, problem and batch.
 
     Whoever else merges at the same time waits, so nothing is lost; whoever reads sees the old file or the new one, and
-    so does the next reader after a kill. A broken file is replaced.
+    so does the next reader after a kill. A broken file is replaced, and kept beside it as `configs.json.broken`.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
     from filelock import FileLock
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     with FileLock(f"{path}.lock", timeout=60):
-        merged = read(path)
+        for left in path.parent.glob(
+            f".{glob.escape(path.name)}.*"
+        ):  # by who was killed in the middle: nobody else writes now
+            left.unlink(missing_ok=True)
+        try:
+            merged = parse(_text(path)) if path.exists() else {}
+        except (OSError, ValueError):
+            merged = read(path)  # which reports it
+            shutil.copyfile(path, f"{path}.broken")
         for card, problems in cards.items():
             for problem, batches in problems.items():
                 merged.setdefault(card, {}).setdefault(problem, {}).update(batches)

@@ -1,48 +1,49 @@
 """`alexnet-triton autotune`: the fastest config of every launch of a training step, found and kept.
 
-For each problem of each batch: candidates (`candidates`); those that the arithmetic of their tiles rules out go; the
-rest are compiled in parallel processes, and those that the compiler speaks against go (spills, shared memory, a loop
-that keeps the tensor cores waiting); each survivor's answer, in buffers full of NaN, is held against that of the
-default, which itself was held against the reference; what is left is timed, in turn. A candidate replaces the default
-only if it gains more than the noise, and of candidates that tie, the one wins that other batches chose.
+For each problem of each batch the candidates that neither their tiles nor the compiler rule out (`trials`) have their
+answers, in buffers full of NaN, held against that of the default, which itself was held against the reference; what is
+left is timed, in turn. Each result is on disk as soon as it is known: its config, and in a log every trial.
 
-With no GPU, `--dry-run` does all but the last two steps and ranks by a model: the cycles of the tiles' arithmetic,
-stretched where the loop's instructions take more than half of the issue slots.
+With no GPU, `--dry-run` does all but the checks and the times, and ranks by a model: the cycles of the tiles'
+arithmetic, stretched where the loop's instructions take more than half of the issue slots.
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from alexnet_triton import configs
 from alexnet_triton.backend import interpreting, use_backend
 from alexnet_triton.configs import cache
+from alexnet_triton.kernels import config as kernels_config
 from alexnet_triton.kernels.config import Config, NormPoolProblem, Problem
 from alexnet_triton.kernels.target import TARGETS, Target
-from alexnet_triton.tuning import candidates
+from alexnet_triton.tuning import table
 from alexnet_triton.tuning.accuracy import rms_error
 from alexnet_triton.tuning.candidates import Objection
 from alexnet_triton.tuning.inspect import LAYERS, run_compiled
+from alexnet_triton.tuning.trials import (
+    Figures,
+    Trial,
+    Tuned,
+    choose_best,
+    compile_candidates,
+    pruned,
+    rows,
+    with_figures,
+)
+from alexnet_triton.tuning.workers import Task, WorkerDied, Workers
 from alexnet_triton.tuning.works import Work, works
-
-NOISE = 0.02
-"""Share of a time within which two configs tie."""
-
-LEAST_GAIN = {"measured": NOISE, "modelled": 0.05}
-"""Share of the default's time that a config must save to replace it."""
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Of the RMS error of a candidate's answer, against the default's."""
@@ -52,124 +53,31 @@ REFERENCE_LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e
 after every layer, and choose maxima among rounded numbers."""
 
 ROUNDS = 15
-TUNED = ("conv_kernel", "weight_gradient_kernel", "gemm_kernel", "lrn_max_pool_kernel", "lrn_max_pool_backward_kernel")
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate and what became of it."""
-
-    config: Config
-    objection: Objection | None = None
-    """Why it was not timed; None for a survivor."""
-    issue_share: float | None = None
-    cycles: float = 0.0
-    """By the model, for the busiest multiprocessor."""
-    seconds: float | None = None
-    """Measured."""
-
-    @property
-    def cost(self) -> float:
-        """What candidates are ranked by: seconds where measured, else the model's cycles."""
-        return self.cycles if self.seconds is None else self.seconds
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A problem and all its trials, the default's first."""
-
-    layer: str
-    direction: str
-    problem: Problem
-    trials: tuple[Trial, ...]
-    best: Trial
-
-    @property
-    def gain(self) -> float:
-        """The default's time over the best's."""
-        return self.trials[0].cost / self.best.cost if self.best.cost else 1.0
-
-    @property
-    def survivors(self) -> list[Trial]:
-        """What was timed, or would be."""
-        return [trial for trial in self.trials if trial.objection is None]
-
-
-# --- the compiler's word ------------------------------------------------------------------------------------
-
-
-class Figures(NamedTuple):
-    """What the compiler says of a candidate."""
-
-    objection: Objection | None
-    issue_share: float | None
-
-
-@functools.lru_cache(4)
-def _works_of(variant: str, dtype: torch.dtype, batch: int, target: Target) -> list[Work]:
-    return works(variant, dtype, batch, target)
-
-
-def compile_candidates(
-    variant: str, dtype: torch.dtype, batch: int, target: Target, number: int, tried: Sequence[Config]
-) -> list[Figures]:
-    """Compile configs for one piece of `works`; runs in a process of a pool."""
-    from alexnet_triton.kernels import launch
-    from alexnet_triton.tuning.compiler import CompilationFailed, compile_launches
-
-    work = _works_of(variant, dtype, batch, target)[number]
-    made = []
-    for config in tried:
-        with launch.recording(target) as launches:
-            work.again(config)
-        [main] = [one for one in launches if one.kernel.__name__ in TUNED]
-        made.append(main)
-    found = []
-    for figure in compile_launches(made, target):
-        if isinstance(figure, CompilationFailed):
-            found.append(Figures(Objection("the compiler refuses it", str(figure)), None))
-        elif figure.spilled_bytes:
-            found.append(Figures(Objection("registers spill", f"{figure.spilled_bytes} bytes a thread"), None))
-        elif figure.shared_memory > target.shared_memory:
-            found.append(Figures(Objection("it takes too much shared memory", f"{figure.shared_memory:,} bytes"), None))
-        elif not figure.resident:
-            found.append(Figures(Objection("it does not fit a multiprocessor", f"for its {figure.limited_by}"), None))
-        else:
-            found.append(Figures(None, figure.issue_share))
-    return found
-
-
-def _pruned(problem: Problem, tried: Sequence[Config], target: Target) -> list[Trial]:
-    """Trials before compiling."""
-    objections = candidates.objections(problem, list(tried), target)
-    return [Trial(c, objections.get(c), None, candidates.cycles(problem, c, target)) for c in tried]
-
-
-def _with_figures(
-    problem: Problem, trials: Sequence[Trial], figures: Mapping[Config, Figures], target: Target
-) -> tuple[Trial, ...]:
-    """Trials after compiling: the cycles count what the loop's instructions cost, and whoever needs too many goes."""
-    found = []
-    for trial in trials:
-        if trial.config in figures:
-            objection, share = figures[trial.config]
-            cycles = candidates.cycles(problem, trial.config, target, share or 0.0)
-            trial = replace(trial, objection=objection, issue_share=share, cycles=cycles)
-        found.append(trial)
-    least = min(trial.cycles for trial in found if trial.objection is None)
-    for number, trial in enumerate(found[1:], 1):
-        times = trial.cycles / least
-        if trial.objection is None and times > candidates.MOST_CYCLES:
-            why = Objection("its tiles and its loop's instructions need more cycles", f"{times:.1f} times the least")
-            found[number] = replace(trial, objection=why)
-    return tuple(found)
+METHODS = {
+    "measured": f"Candidates of a problem in turn, {ROUNDS} rounds, each after its answer was held against the "
+    "default's; the host's time does not count, and the second-level cache is overwritten before each sample.",
+    "modelled": "A model's estimate from the compiler's figures, for a card that was not there: nothing was measured. "
+    "Cycles are those of the busiest multiprocessor.",
+}
+"""What a log says of how it was made."""
 
 
 # --- on the card --------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _by_the_rule() -> Iterator[None]:
+    """Within the block no launch takes a tuned config."""
+    before = kernels_config.look_up_with(None)
+    try:
+        yield
+    finally:
+        kernels_config.look_up_with(before)
+
+
 def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> None:
-    """Hold the kernels, with the configs that they have, against plain PyTorch on this GPU.
+    """Hold the kernels, with the default configs, against plain PyTorch on this GPU.
 
     Raises:
         RuntimeError: they differ; then nothing may be tuned.
@@ -183,7 +91,7 @@ def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> Non
     images = torch.randn(batch, 3, size, size, device="cuda", dtype=dtype, requires_grad=True)
     answers = []
     for backend in ("triton", "reference"):
-        with use_backend(backend):
+        with use_backend(backend), _by_the_rule():
             y = model(images)
             leaves = [images, *model.parameters()]
             answers.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
@@ -192,13 +100,13 @@ def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> Non
         error = rms_error(got, expected)
         if not error <= REFERENCE_LIMITS[dtype]:
             raise RuntimeError(
-                f"the kernels' {name} of {variant} in {dtype} are off by {error:.1e} (RMS): nothing is tuned on "
-                "kernels that are wrong; `make gpu` says more"
+                f"the kernels' {name} of {variant} in {dtype}, batch {batch}, are off by {error:.1e} (RMS): nothing is "
+                "tuned on kernels that are wrong; `make gpu` says more"
             )
 
 
-Clock = Callable[[Mapping[Config, Callable[[], Any]], int], dict[Config, float]]
-"""Gives the seconds of functions by their configs, over so many rounds."""
+Clock = Callable[[Mapping[Config, Callable[[], Any]], int], dict[Config, Mapping[str, float]]]
+"""Gives the times of functions by their configs, over so many rounds: median, p20 and p80, in seconds."""
 
 
 def time_candidates(work: Work, trials: Sequence[Trial], clock: Clock) -> tuple[Trial, ...]:
@@ -225,8 +133,8 @@ def time_candidates(work: Work, trials: Sequence[Trial], clock: Clock) -> tuple[
                 trial = replace(trial, objection=Objection("it cannot be launched", str(failure).partition("\n")[0]))
         checked.append(trial)
     functions = {t.config: functools.partial(work.again, t.config) for t in checked if t.objection is None}
-    seconds = clock(functions, ROUNDS)
-    return tuple(replace(trial, seconds=seconds.get(trial.config)) for trial in checked)
+    times = clock(functions, ROUNDS)
+    return tuple(replace(trial, time=times.get(trial.config)) for trial in checked)
 
 
 def _answers(answer: Any) -> list[torch.Tensor]:
@@ -235,30 +143,188 @@ def _answers(answer: Any) -> list[torch.Tensor]:
     return [part for part in answer if part is not None and part.is_floating_point()]
 
 
-# --- the choice ---------------------------------------------------------------------------------------------
+def _on_this_gpu(functions: Mapping[Config, Callable[[], Any]], rounds: int) -> dict[Config, Mapping[str, float]]:
+    """Times of each, in turn, without the host's."""
+    from alexnet_triton.bench.timing import in_turn, summary
+
+    named = {str(number): function for number, function in enumerate(functions.values())}
+    samples = in_turn(named, rounds, "cuda", host=False)
+    return {config: summary(samples[str(number)]) for number, config in enumerate(functions)}
 
 
-def choose_best(trials: Sequence[Trial], source: str, chosen: Counter[Config]) -> Trial:
-    """The survivor that costs least; the default unless another saves enough; of ties, what other batches chose."""
-    survivors = [trial for trial in trials if trial.objection is None]
-    least = min(trial.cost for trial in survivors)
-    if least > trials[0].cost * (1 - LEAST_GAIN[source]):
-        return trials[0]
-    ties = [trial for trial in survivors if trial.cost <= least * (1 + NOISE)]
-    return max(ties, key=lambda trial: (chosen[trial.config], -trial.cost))
+# --- the tuner ----------------------------------------------------------------------------------------------
 
 
-def entries(results: Sequence[Tuned], card: str, source: str, triton: str) -> cache.Cards:
-    """What a file keeps of the results: every problem's best config, the default's too."""
-    problems: dict[str, dict[int, cache.Entry]] = {}
-    for result in results:
-        best, default = result.best, result.trials[0]
-        facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
-        if best.seconds is not None:
-            facts |= {"seconds": float(f"{best.seconds:.3g}"), "default_seconds": float(f"{default.seconds:.3g}")}
-        entry = cache.entry_of(best.config, source, type(result.problem), triton, **facts)
-        problems.setdefault(cache.problem_key(result.problem), {})[result.problem.images] = entry
-    return {card: problems}
+@dataclass
+class Job:
+    """A problem to be tuned."""
+
+    variant: str
+    batch: int
+    number: int
+    """Of the piece of `works`."""
+    work: Work
+    """Without tensors."""
+    trials: list[Trial]
+    """Before compiling."""
+    tasks: list[tuple[Task, list[tuple[int, Config]]]]
+    """What workers compile for it, with the batches and configs of each."""
+
+    @property
+    def name(self) -> str:
+        """Which it is, in words."""
+        return f"{self.work.place} of {self.variant}, batch {self.batch}"
+
+
+class Tuner:
+    """Tunes problems, one after the other, while workers compile what comes next; to be closed by `with`.
+
+    Args:
+        target: what is tuned for.
+        dtype: of images and parameters.
+        source: `"measured"`, on this machine's GPU, or `"modelled"`.
+        jobs: processes that compile; None for one a core.
+    """
+
+    def __init__(self, target: Target, dtype: torch.dtype, source: str, jobs: int | None = None) -> None:
+        self._target, self._dtype, self._source = target, dtype, source
+        self._workers = Workers(jobs or os.cpu_count() or 1, [compile_candidates.__module__, "triton.compiler"])
+        self._seen: set[Problem] = set()
+        self._chosen: dict[str, Counter[Config]] = {}
+        self._on_card: tuple[str, int, list[Work]] | None = None
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._workers.__exit__()
+
+    def jobs(
+        self, variant: str, batches: Sequence[int], layer: str | None = None, direction: str | None = None
+    ) -> list[Job]:
+        """The problems of a network that this tuner has not met yet, one batch after the other; compiling begins.
+
+        Args:
+            variant: of `alexnet_triton.AlexNet`.
+            batches: numbers of images.
+            layer: one of `inspect.LAYERS`; None for all.
+            direction: one of `inspect.DIRECTIONS`; None for all.
+        """
+        found = []
+        for batch in dict.fromkeys(batches):
+            for number, work in enumerate(works(variant, self._dtype, batch, self._target)):
+                wanted = layer in (None, work.layer) and direction in (None, work.direction)
+                if wanted and work.problem not in self._seen:
+                    self._seen.add(work.problem)
+                    found.append(Job(variant, batch, number, work, pruned(work.problem, self._target), []))
+        for number in dict.fromkeys(job.number for job in found):
+            self._compile(variant, [job for job in found if job.number == number])
+        return found
+
+    def _compile(self, variant: str, jobs: Sequence[Job]) -> None:
+        """Have the candidates of one place in all batches compiled: much of it comes to the same code."""
+        batches: dict[Config, list[int]] = {}
+        for job in jobs:
+            for trial in job.trials:
+                if trial.objection is None:
+                    batches.setdefault(trial.config, []).append(job.batch)
+        tried = [[(batch, config) for batch in wanted] for config, wanted in batches.items()]
+        # A compiler takes seconds for one of the unrolled kernels, but less than a disassembler starts for others.
+        alone = isinstance(jobs[0].work.problem, NormPoolProblem)
+        for group in tried if alone else [[one for several in tried for one in several]]:
+            task = self._workers.submit(compile_candidates, variant, self._dtype, self._target, jobs[0].number, group)
+            for job in jobs:
+                if any(batch == job.batch for batch, _ in group):
+                    job.tasks.append((task, group))
+
+    def tune(self, job: Job, seconds: float = float("inf")) -> Tuned | None:
+        """Choose a problem's config; None where the compiler is not ready within `seconds`."""
+        problem = job.work.problem
+        try:
+            figures = self._figures(job, seconds)
+        except TimeoutError:
+            return None
+        trials = with_figures(problem, job.trials, figures, self._target)
+        if self._source == "measured":
+            trials = time_candidates(self._work(job), trials, _on_this_gpu)
+        others = self._chosen.setdefault(cache.problem_key(problem), Counter())
+        best = choose_best(trials, self._source, others)
+        others[best.config] += 1
+        return Tuned(job.variant, job.work.layer, job.work.direction, problem, trials, best)
+
+    def _figures(self, job: Job, seconds: float) -> dict[Config, Figures]:
+        end = time.monotonic() + seconds
+        found = {}
+        for task, group in job.tasks:
+            left = end - time.monotonic()
+            try:
+                made = self._workers.result(task, None if left == float("inf") else max(0.0, left))
+            except WorkerDied as error:
+                made = [Figures(Objection("the compiler dies of it", str(error)), None)] * len(group)
+            found |= {config: one for (batch, config), one in zip(group, made, strict=True) if batch == job.batch}
+        return found
+
+    def _work(self, job: Job) -> Work:
+        """With its tensors on this GPU, which holds those of one batch at a time."""
+        if self._on_card is None or self._on_card[:2] != (job.variant, job.batch):
+            self._on_card = None
+            self._on_card = (job.variant, job.batch, works(job.variant, self._dtype, job.batch))
+        return self._on_card[2][job.number]
+
+
+# --- what is kept -------------------------------------------------------------------------------------------
+
+
+def entries(tuned: Tuned, card: str, source: str, triton: str) -> cache.Cards:
+    """What a file of configs keeps of a result: the best config, be it the default's."""
+    best, default = tuned.best, tuned.trials[0]
+    facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
+    if best.seconds is not None and default.seconds is not None:
+        facts |= {"seconds": float(f"{best.seconds:.3g}"), "default_seconds": float(f"{default.seconds:.3g}")}
+    entry = cache.entry_of(best.config, source, type(tuned.problem), triton, **facts)
+    return {card: {cache.problem_key(tuned.problem): {tuned.problem.images: entry}}}
+
+
+class Keeper:
+    """Puts results on disk, each as it comes.
+
+    Args:
+        path: the file of configs, to which they are added; None for none.
+        card: what they are for, by the name that the file has for it.
+        source: `"measured"` or `"modelled"`.
+        log: the log, to whose trials those of the results are added; None for none.
+        device: as a result file calls the card.
+
+    Raises:
+        OSError: a file cannot be written: said before anything is tuned.
+        ValueError: there is a file in the log's place, and it is no log.
+    """
+
+    def __init__(self, path: Path | None, card: str, source: str, log: Path | None, device: str) -> None:
+        import triton
+
+        self._path, self._card, self._source, self._triton = path, card, source, triton.__version__
+        self._log = None
+        if path is not None:
+            cache.check_writable(path)
+        if log is not None:
+            from alexnet_triton.bench import results
+
+            measured = source == "measured"
+            head = (results.envelope if measured else results.estimate)("tuning", device, METHODS[source])
+            cache.check_writable(log)
+            self._log = results.ResultFile(log, head)
+
+    def keep(self, tuned: Tuned) -> None:
+        """Add a result to the files.
+
+        Raises:
+            OSError: one cannot be written any more.
+        """
+        if self._path is not None:
+            cache.merge(self._path, entries(tuned, self._card, self._source, self._triton))
+        if self._log is not None:
+            self._log.add(rows(tuned))
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -277,6 +343,7 @@ class Options(NamedTuple):
     dry_run: bool = False
     target: str = "sm_90"
     export: Path | None = None
+    log: Path | None = None
 
 
 def run(options: Options) -> int:
@@ -287,67 +354,84 @@ def run(options: Options) -> int:
 
     Raises:
         RuntimeError: no GPU is there and it is no dry run, or the kernels are wrong.
-        ValueError: a name that is none.
+        ValueError: a name that is none, or nothing of that name.
+        OSError: what is found could not be kept.
+        KeyboardInterrupt: by Ctrl-C; the sentence says what was kept.
     """
+    end = time.monotonic() + options.budget
     for what, name, known in (("target", options.target, TARGETS), ("layer", options.layer or LAYERS[0], LAYERS)):
         if name not in known:
             raise ValueError(f"unknown {what} {name!r}: choose one of {', '.join(known)}")
     if interpreting():
         return run_compiled(["autotune", *_words(options)])
-    import triton
-
     if not options.dry_run and not torch.cuda.is_available():
         raise RuntimeError(
             "autotune times kernels, and this machine has no GPU: with --dry-run it compiles, prunes and says what it "
             "would time"
         )
     target = TARGETS[options.target] if options.dry_run else _this_target()
-    source = "modelled" if options.dry_run else "measured"
+    keeper, where = _keeper(options, target)
     dtype: torch.dtype = getattr(torch, options.dtype)
     if not options.dry_run:
-        check_against_reference(options.variant, dtype, min(options.batches))
-    end = time.monotonic() + options.budget
-    results: list[Tuned] = []
-    print(_title(options, target))
-    print(_HEADER)
-    unfinished = 0
-    for tuned in _tuned(options, target, dtype, source, end):
-        if tuned is None:
-            unfinished += 1
-            continue
-        results.append(tuned)
-        tqdm.write(format_row(tuned))
-    print(summary(results, source))
-    if unfinished:
-        print(f"{unfinished} problems are left: the budget of {options.budget:g} s is spent (--budget)")
-    if options.export is not None:
-        name = options.export.stem
-        options.export.parent.mkdir(parents=True, exist_ok=True)
-        cache.merge(options.export, entries(results, name, source, triton.__version__))
-        print(f"written to {options.export}")
-    elif not options.dry_run:
-        _keep(results, target.card, source, triton.__version__)
+        for batch in dict.fromkeys(options.batches):
+            check_against_reference(options.variant, dtype, batch)
+    print(_title(options, target), flush=True)
+    with Tuner(target, dtype, _source(options), options.jobs) as tuner:
+        jobs = tuner.jobs(options.variant, options.batches, options.layer, options.direction)
+        if not jobs:
+            raise ValueError(f"{options.layer} has no {options.direction}")
+        found: list[Tuned] = []
+        try:
+            for tuned in table.running(jobs, lambda job: tuner.tune(job, end - time.monotonic())):
+                keeper.keep(tuned)
+                found.append(tuned)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped after {len(found)} of {len(jobs)} problems{where}") from None
+    configs.forget()
+    print(table.summary(found, _source(options)))
+    if len(found) < len(jobs):
+        print(f"{len(jobs) - len(found)} problems are left: the budget of {options.budget:g} s is spent (--budget)")
+    print(where.removeprefix("; "), end="\n" if where else "")
     return 0
+
+
+def _source(options: Options) -> str:
+    return "modelled" if options.dry_run else "measured"
+
+
+def _keeper(options: Options, target: Target) -> tuple[Keeper, str]:
+    """Who keeps the results, and where they are, in words."""
+    path, card, words = options.export, target.card, []
+    if options.export is not None:
+        card = options.export.name.removesuffix(".json")
+    elif not options.dry_run:
+        path = cache.cache_path()
+    if path is not None:
+        words.append(f"configs are in {path}")
+    if options.log is not None:
+        words.append(f"every trial is in {options.log}")
+        if options.log.exists():
+            from alexnet_triton.bench import results
+
+            results.read(options.log, "tuning")
+            options.log.unlink()
+    maker = "" if not options.dry_run else "AMD " if target.backend == "hip" else "NVIDIA "
+    device = f"{maker}{target.card}" if options.dry_run else "cuda"
+    try:
+        return Keeper(path, card, _source(options), options.log, device), "".join(f"; {each}" for each in words)
+    except OSError as error:
+        hint = "" if options.export or options.dry_run else "; --export FILE takes the configs"
+        raise RuntimeError(f"what is found could not be kept: {error}{hint}") from error
 
 
 def _words(options: Options) -> list[str]:
     """The options as the command line takes them."""
     o = options
     words = ["--variant", o.variant, "--batch", ",".join(map(str, o.batches)), "--dtype", o.dtype, "--target", o.target]
-    given = {"--layer": o.layer, "--direction": o.direction, "--jobs": o.jobs, "--export": o.export}
+    given = {"--layer": o.layer, "--direction": o.direction, "--jobs": o.jobs, "--export": o.export, "--log": o.log}
     words += [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += [] if o.budget == float("inf") else ["--budget", f"{o.budget}s"]
     return words + ["--dry-run"] * o.dry_run
-
-
-def _keep(results: Sequence[Tuned], card: str, source: str, triton: str) -> None:
-    path = cache.cache_path()
-    try:
-        cache.merge(path, entries(results, card, source, triton))
-    except OSError as error:
-        raise RuntimeError(f"the configs could not be kept in {path}: {error}; --export FILE takes them") from error
-    configs.forget()
-    print(f"kept in {path}")
 
 
 def _this_target() -> Target:
@@ -356,112 +440,8 @@ def _this_target() -> Target:
     return launch.target_of(torch.device("cuda"))
 
 
-def _selected(options: Options, found: Sequence[Work]) -> list[int]:
-    """Numbers of the works that are wanted, one for each problem."""
-    seen: set[Problem] = set()
-    numbers = []
-    for number, work in enumerate(found):
-        wanted = options.layer in (None, work.layer) and options.direction in (None, work.direction)
-        if wanted and work.problem not in seen:
-            seen.add(work.problem)
-            numbers.append(number)
-    return numbers
-
-
-def _tuned(options: Options, target: Target, dtype: torch.dtype, source: str, end: float) -> Iterator[Tuned | None]:
-    """The results as they come; None for a problem that the budget leaves out."""
-    chosen: dict[str, Counter[Config]] = {}
-    pool = ProcessPoolExecutor(options.jobs or os.cpu_count() or 1, multiprocessing.get_context("spawn"))
-    jobs: list[tuple[int, int, Work, list[Trial], Future[list[Figures]]]] = []
-    on_card: dict[int, list[Work]] = {}
-    try:
-        for batch in options.batches:
-            found = works(options.variant, dtype, batch, target)
-            for number in _selected(options, found):
-                work = found[number]
-                trials = _pruned(work.problem, candidates.candidates(work.problem, target), target)
-                tried = [trial.config for trial in trials if trial.objection is None]
-                job = pool.submit(compile_candidates, options.variant, dtype, batch, target, number, tried)
-                jobs.append((batch, number, work, trials, job))
-        for batch, number, work, trials, job in tqdm(jobs, desc="autotune", unit="problem", leave=False):
-            left = end - time.monotonic()
-            if left <= 0:
-                job.cancel()
-                yield None
-                continue
-            try:
-                figures = job.result(None if left == float("inf") else left)
-            except TimeoutError:
-                yield None
-                continue
-            tried = [trial.config for trial in trials if trial.objection is None]
-            done = _with_figures(work.problem, trials, dict(zip(tried, figures, strict=True)), target)
-            if source == "measured":
-                if batch not in on_card:
-                    on_card = {batch: works(options.variant, dtype, batch)}
-                done = time_candidates(on_card[batch][number], done, _on_this_gpu)
-            others = chosen.setdefault(cache.problem_key(work.problem), Counter())
-            best = choose_best(done, source, others)
-            others[best.config] += 1
-            yield Tuned(work.layer, work.direction, work.problem, done, best)
-    finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-
-
-def _on_this_gpu(functions: Mapping[Config, Callable[[], Any]], rounds: int) -> dict[Config, float]:
-    """Median seconds of each, in turn, without the host's time."""
-    from alexnet_triton.bench.timing import in_turn
-
-    named = {str(number): function for number, function in enumerate(functions.values())}
-    samples = in_turn(named, rounds, "cuda", host=False)
-    return {config: statistics.median(samples[str(number)]) for number, config in enumerate(functions)}
-
-
-# --- the table ----------------------------------------------------------------------------------------------
-
-_HEADER = f" {'layer':<6}{'direction':<16}{'batch':>6}{'tried':>7}{'timed':>7}{'best':>14}{'gain':>7}  config"
-
-
 def _title(options: Options, target: Target) -> str:
     what = f"{options.variant}, {options.dtype}, batch {', '.join(map(str, options.batches))}"
     if options.dry_run:
         return f"{what}: a model's estimate for {target.card} ({options.target}), nothing is measured"
     return f"{what}, on {target.card}"
-
-
-def format_row(tuned: Tuned) -> str:
-    """One problem's line: candidates, survivors, the best one's time or modelled cycles, its gain, what it is."""
-    best = tuned.best
-    if isinstance(tuned.problem, NormPoolProblem) and best.seconds is None:
-        cost, gain = "-", "-"
-    else:
-        cost = f"{best.cycles:,.0f} cyc" if best.seconds is None else f"{best.seconds * 1e6:,.1f} us"
-        gain = f"{tuned.gain:.2f}"
-    name = "the default" if best is tuned.trials[0] else _brief(best.config)
-    counts = f"{tuned.problem.images:>6,}{len(tuned.trials):>7}{len(tuned.survivors):>7}"
-    return f" {tuned.layer:<6}{tuned.direction:<16}{counts}{cost:>14}{gain:>7}  {name}"
-
-
-def _brief(config: Config) -> str:
-    return " ".join(f"{name}={value}" for name, value in vars(config).items() if value)
-
-
-def summary(results: Sequence[Tuned], source: str) -> str:
-    """How many candidates there were, what became of them and why."""
-    trials = [trial for result in results for trial in result.trials]
-    if not trials:
-        return "nothing was tuned"
-    reasons = Counter(trial.objection.reason for trial in trials if trial.objection is not None)
-    pruned = sum(reasons.values())
-    verb = "timed" if source == "measured" else "would be timed"
-    lines = [
-        f"{len(trials):,} candidates, {pruned:,} pruned ({pruned / len(trials):.0%}), {len(trials) - pruned:,} {verb}"
-    ]
-    lines += [f"  {count:>5,}  {reason}" for reason, count in reasons.most_common()]
-    better = [result for result in results if result.best is not result.trials[0]]
-    unit = "time" if source == "measured" else "modelled cycles"
-    lines.append(f"{len(better)} of {len(results)} problems gain over the default, in {unit}")
-    return "\n".join(lines)

@@ -21,7 +21,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "model": {"task": str, "variant": str, "dtype": str, "batch": int},
     "lpips": {"task": str, "size": int, "dtype": str, "batch": int},
     "predict": {**LAYER, **WORK, "estimate": float},
-    "tuning": {"layer": str, "direction": str, "dtype": str, "batch": int, "config": str},
+    "tuning": {**LAYER, "config": dict},
 }
 """By benchmark, what every row must have: texts, counts, and numbers, in operations, bytes and seconds."""
 
@@ -42,7 +42,7 @@ class Result:
     """False for a model's estimate."""
     roofs: Mapping[str, Any]
     rows: Sequence[Row]
-    """Each with `times`, summaries in seconds by peer; a tuning log's rows as they are."""
+    """Each with `times`, summaries in seconds by peer; a tuning log's rows, each a trial, as they are."""
     failed: Sequence[Row]
     """Those that have no time, each with a sentence under `failed`."""
 
@@ -78,16 +78,16 @@ def read(path: Path, benchmarks: Sequence[str]) -> Result:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} has no rows; run the benchmark again")
     kept: list[Row] = []
-    places: dict[tuple[Any, ...], int] = {}
+    places: dict[str, int] = {}
     failed: list[Row] = []
     for number, row in enumerate(rows):
         where = f"{path}, row {number}"
         _check_fields(row, FIELDS[benchmark], where)
-        place = tuple(row[name] for name, kind in FIELDS[benchmark].items() if kind is not float)
-        if benchmark != "tuning" and places.setdefault(place, number) != number:
+        place = json.dumps([row[name] for name, kind in FIELDS[benchmark].items() if kind is not float])
+        if places.setdefault(place, number) != number:
             raise ValueError(f"{where} is for the same as row {places[place]}")
         if benchmark == "tuning":
-            _check_candidate(row, where)
+            _check_trial(row, where)
             kept.append(row)
         elif row.get("failed"):
             failed.append(row)
@@ -135,20 +135,26 @@ def _times(row: Row, benchmark: str, where: str) -> dict[str, Mapping[str, float
     if not isinstance(times, dict) or not times:
         raise ValueError(f'{where} has neither "times" nor "failed"')
     for peer, summary in times.items():
-        for name in ("median", "p20", "p80"):
-            value: Any = summary.get(name) if isinstance(summary, dict) else None
-            if not is_number(value) or value <= 0:
-                raise ValueError(f'{where}: "{name}" of {peer} must be positive seconds, got {json.dumps(value)}')
+        _check_summary(summary, f"{where}: {{name}} of {peer}")
     return times
 
 
-def _check_candidate(row: Row, where: str) -> None:
-    time: Any = row.get("time")
+def _check_summary(summary: Any, where: str) -> None:
+    for name in ("median", "p20", "p80"):
+        value: Any = summary.get(name) if isinstance(summary, dict) else None
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{where.format(name=json.dumps(name))} must be positive seconds, got {json.dumps(value)}")
+
+
+def _check_trial(row: Row, where: str) -> None:
+    if row.get("time") is not None:
+        _check_summary(row["time"], f"{where}: {{name}} of its time")
+    cycles: Any = row.get("cycles")
+    if cycles is not None and (not is_number(cycles) or cycles <= 0):
+        raise ValueError(f'{where}: "cycles" must be a positive number or null, got {json.dumps(cycles)}')
     pruned: Any = row.get("pruned")
-    if time is not None and (not is_number(time) or time <= 0):
-        raise ValueError(f'{where}: "time" must be positive seconds or null, got {json.dumps(time)}')
-    if pruned is not None and not isinstance(pruned, str):
-        raise ValueError(f'{where}: "pruned" must be a sentence or null, got {json.dumps(pruned)}')
+    if pruned is not None and not (isinstance(pruned, dict) and isinstance(pruned.get("reason"), str)):
+        raise ValueError(f'{where}: "pruned" must have a "reason" or be null, got {json.dumps(pruned)}')
 
 
 def failure_of(row: Row) -> str:

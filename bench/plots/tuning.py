@@ -1,11 +1,10 @@
-"""What became of the candidates of each layer and direction."""
+"""What became of the candidates of each layer and direction, from a log of `alexnet-triton autotune`."""
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,56 +33,62 @@ MOST_REASONS = 5
 
 
 def tuning(result: Result) -> Drawn:
-    """Each candidate's time over the default's, the best marked, and how many were pruned for which reason."""
+    """Each trial's cost over the default's, the chosen marked, and how many were pruned for which reason."""
+    cost = _seconds if result.measured else _cycles
     for (variant, dtype, batch), rows, _ in pictures(result, "variant", "dtype", "batch"):
         groups = grouped(rows, "layer", "direction")
         layers = in_order((layer for layer, _ in groups), LAYERS)
         directions = in_order((direction for _, direction in groups), DIRECTIONS)
         order = [(layer, direction) for layer in layers for direction in directions if (layer, direction) in groups]
-        candidates = [groups[place] for place in order]
-        timed = any(row.get("time") for row in rows)
-        what = "Tuning" if timed else "Dry run of tuning"
-        network = f" of AlexNet ({variant})" if variant else ""
-        notes = ["Reasons that differ in their numbers alone count as one, with n for the number"]
-        if timed:
-            notes.insert(0, "Every dot is a candidate; left of the line it is faster than the default")
+        trials = [groups[place] for place in order]
+        what = "Tuning" if result.measured else "Dry run of tuning"
+        than = "faster" if result.measured else "said to be faster"
+        notes = [f"Every dot is a trial that was not pruned; left of the line it is {than} than the default"]
         height = 0.3 * len(order) + 2.2
-        figure = new_figure(f"{what}{network}, {dtype}, batch {batch}", height, result, notes, ())
-        grid = figure.subplots(1, 1 + timed, sharey=True, squeeze=False)[0]
-        if timed:
-            _draw_candidates(grid[0], candidates)
-        _draw_pruned(grid[-1], candidates, figure)
-        grid[0].set_yticks(range(len(order)), [" ".join(place) for place in order], parse_math=False)
-        grid[0].set_ylim(len(order) - 0.4, -0.6)
+        figure = new_figure(f"{what} of AlexNet ({variant}), {dtype}, batch {batch}", height, result, notes, ())
+        left, right = figure.subplots(1, 2, sharey=True)
+        _draw_costs(left, trials, cost)
+        left.set_xlabel(f"{'time' if result.measured else 'modelled cycles'} over the default's (ratio)")
+        _draw_pruned(right, trials, figure)
+        left.set_yticks(range(len(order)), [" ".join(place) for place in order], parse_math=False)
+        left.set_ylim(len(order) - 0.4, -0.6)
         settle(figure)
-        yield [*([variant] if variant else []), dtype, f"batch{batch}"], figure
+        yield [variant, dtype, f"batch{batch}"], figure
 
 
-def _draw_candidates(axes: Axes, groups: Sequence[Sequence[Row]]) -> None:
+def _seconds(row: Row) -> float | None:
+    return float(row["time"]["median"]) if row.get("time") else None
+
+
+def _cycles(row: Row) -> float | None:
+    return None if row.get("pruned") else row.get("cycles")
+
+
+def _draw_costs(axes: Axes, groups: Sequence[Sequence[Row]], cost: Callable[[Row], float | None]) -> None:
     ours, default = STYLES[0], STYLES[1]
     seen: list[float] = [0.8, 1.25]
     for place, rows in enumerate(groups):
-        times = [row["time"] for row in rows if row.get("time")]
-        base = next((row["time"] for row in rows if row.get("default") and row.get("time")), None)
-        if not base:
-            why = "the default has no time" if times else "nothing timed"
+        costs = [(row, value) for row in rows if (value := cost(row)) is not None]
+        base = next((value for row, value in costs if row.get("default")), None)
+        if base is None:
+            why = "the default has no time" if costs else "nothing to compare"
             axes.annotate(why, (1, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
             continue
-        ratios = [time / base for time in times]
+        ratios = [value / base for _, value in costs]
+        chosen = next((value / base for row, value in costs if row.get("chosen")), 1.0)
         seen += ratios
         axes.plot(ratios, [place] * len(ratios), "o", color=ours.colour, alpha=0.45, markersize=4, zorder=3)
-        axes.plot(min(ratios), place, "*", color="black", markersize=10, zorder=4)
+        axes.plot(chosen, place, "*", color="black", markersize=10, zorder=4)
         axes.annotate(
-            f"{min(ratios):.2f}", (min(ratios), place), (-7, 0), textcoords="offset points", ha="right", va="center",
+            f"{chosen:.2f}", (min(ratios), place), (-8, 0), textcoords="offset points", ha="right", va="center",
             fontsize=8,
         )  # fmt: skip
-    axes.plot([], [], "o", color=ours.colour, alpha=0.45, markersize=4, label="candidate")
-    axes.plot([], [], "*", color="black", markersize=10, label="best")
+    axes.plot([], [], "o", color=ours.colour, alpha=0.45, markersize=4, label="trial")
+    axes.plot([], [], "*", color="black", markersize=10, label="chosen, with its ratio")
     axes.axvline(1, color=default.colour, linestyle=default.line, label="default")
     axes.set_xscale("log")
     axes.set_xlim(min(seen) / 1.35, max(seen) * 1.1)
     plain_log(axes.xaxis)
-    axes.set_xlabel("time over the default's (ratio)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
     tidy(axes)
 
@@ -107,7 +112,7 @@ def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) ->
             range(len(groups)), widths, 0.7, left, color=face, edgecolor=style.colour, hatch=style.hatch, label=label
         )
         left += widths
-    axes.set_xlabel("candidates (count)")
+    axes.set_xlabel("trials (count)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     add_legend(figure, handles, labels, 1)
@@ -116,11 +121,11 @@ def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) ->
 
 
 OUTCOMES = ("timed", "not timed")
-"""Of a candidate that was not pruned."""
+"""Of a trial that was not pruned."""
 
 
 def _outcome(row: Row) -> str:
-    """What became of a candidate: the numbers of a reason are its own, and do not make it another one."""
+    """What became of a trial."""
     if row.get("pruned"):
-        return re.sub(r"\d[\d.,]*\d|\d", "n", row["pruned"])
+        return str(row["pruned"]["reason"])
     return OUTCOMES[0] if row.get("time") else OUTCOMES[1]
