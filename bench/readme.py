@@ -38,8 +38,8 @@ PICTURE = re.compile(r"<!-- picture(?P<optional>, if any)?: (?P<kind>\w+) of (?P
 BATCH = 128
 """Whose rows and picture are shown where a file holds several batches; else the first batch's."""
 
-COLOURS = 48
-"""Of a picture's file: enough for its few colours and the edges of its text."""
+COLOURS = 256
+"""Of a picture's file, which a palette makes small. Far fewer would give two peers one colour."""
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Picture(NamedTuple):
             return image.info.get("Source") == self.stamp()
 
     def draw(self) -> None:
-        """Draw it, with few colours, since it is kept in the repository."""
+        """Draw it, in a palette, since it is kept in the repository."""
         from PIL import Image, PngImagePlugin
 
         plot = plots.PLOTS[self.kind]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from alexnet_triton.bench import plots, readme
+from alexnet_triton.bench.plots.canvas import STYLES
 from alexnet_triton.cli import main
 
 SECONDS = {"median": 2.0, "p20": 1.9, "p80": 2.2, "samples": 3}
@@ -123,6 +124,17 @@ def test_a_page_is_filled_in_and_then_left_alone(root, capsys):
     assert readme.run(check=True, root=root) == 0
     assert page(root) == text
     assert picture.stat().st_mtime_ns == before
+
+
+def test_a_palette_leaves_every_peer_its_colour(root, monkeypatch):
+    times = dict.fromkeys(["alexnet_triton", "a", "b", "c", "d"], SECONDS)
+    times = {name: {**SECONDS, "median": 1.0 + number} for number, name in enumerate(times)}
+    (root / "bench" / "results" / "model.json").write_text(json.dumps({**MODEL, "rows": [{**ROW, "times": times}]}))
+    monkeypatch.setattr(plots, "DPI", 120)
+    readme.run(root=root)
+    with Image.open(root / "docs" / "throughput-model.png") as image:
+        colours = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in image.convert("RGB").getcolors(2**24)}
+    assert {style.colour for style in STYLES[: len(times)]} <= colours
 
 
 @pytest.mark.parametrize("change", ["table", "result", "picture", "no picture"])

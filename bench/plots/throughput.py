@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alexnet_triton.bench.plots.canvas import (
+    WIDTH,
     Drawn,
     Style,
     add_legend,
@@ -35,7 +36,8 @@ def throughput(result: Result) -> Drawn:
     if absent:
         notes.append(f"Not run here: {'; '.join(f'{peer}: {why}' for peer, why in absent.items())}")
     title = "Throughput of AlexNet" if result.benchmark == "model" else "Throughput of LPIPS's AlexNet"
-    figure = new_figure(title, 3.2 * len(kinds) + 0.25 * -(-len(peers) // 3), result, notes, result.failed)
+    columns = min(len(peers), int(WIDTH / (0.9 + 0.075 * max(map(len, peers)))))  # a name's width, as 9 points have it
+    figure = new_figure(title, 3.2 * len(kinds) + 0.25 * -(-len(peers) // columns), result, notes, result.failed)
     grid = figure.subplots(len(kinds), len(tasks), squeeze=False)
     drawn: dict[str, Any] = {}
     for number, kind in enumerate(kinds):
@@ -49,7 +51,7 @@ def throughput(result: Result) -> Drawn:
                 drawn.setdefault(peer, line)
             name = kind[0] if result.benchmark == "model" else f"{kind[0]:g} pixels"
             axes.set_title(f"{task}, {name}, {kind[1]}", loc="left", fontsize=10, fontweight="bold")
-    add_legend(figure, list(drawn.values()), list(drawn), min(3, len(drawn)))
+    add_legend(figure, list(drawn.values()), list(drawn), columns)
     settle(figure)
     yield [result.benchmark], figure
 
