@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from alexnet_triton import configs
 from alexnet_triton.backend import TRITON_INSTALLED, interpreting
-from alexnet_triton.bench import checks, launches, layers, lpips, model, results, roofs
+from alexnet_triton.bench import checks, launches, layers, lpips, model, results, roofs, tuning
 from alexnet_triton.bench.checks import Absent, Measure, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.bench.timing import machine, nvidia_smi
@@ -100,6 +101,10 @@ class Report:
     def done(self, part: str) -> set[str]:
         """The cases of `part` that have a result."""
         return {row["case"] for row in self.rows() if row["part"] == part}
+
+    def status(self, part: str, case: str) -> str | None:
+        """What came of a case; None where it has no result."""
+        return next((row["status"] for row in self.rows() if (row["part"], row["case"]) == (part, case)), None)
 
     def rows(self) -> list[dict[str, Any]]:
         """The results so far."""
@@ -350,6 +355,20 @@ def _memcheck(run: Run) -> list[Measure]:
     return [Measure("exit code", float(code), 0.0)]
 
 
+def _tuning(run: Run) -> Iterator[tuple[str, Check]]:
+    """The configs that the parts after this one run with."""
+    report, end = Report(run.out / RESULTS), time.monotonic() + run.seconds
+    return tuning.cases(
+        run.device, run.out, lambda case: report.status("tuning", case) == "passed", lambda: end - time.monotonic()
+    )
+
+
+def _configs_in_force(run: Run) -> dict[str, Any]:
+    if run.device.type != "cuda":
+        raise Absent("a GPU that configs are for")
+    return configs.in_force(torch.cuda.get_device_name(run.device))
+
+
 BENCHMARKS = {each.name: each for each in (model.BENCHMARK, layers.BENCHMARK, lpips.BENCHMARK)}
 
 
@@ -357,6 +376,7 @@ def _times(run: Run) -> Iterator[tuple[str, Check]]:
     """Each benchmark's rows, into its own result file; torch.compile, which takes minutes, is `bench model`'s alone."""
     torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
     yield "clocks before", _clocks
+    yield "configs in force", partial(_configs_in_force, run)
     yield "roofs", partial(_roofs, run)
     steps = _plan("model", run)
     last = steps._replace(batches=steps.batches[2:])
@@ -424,15 +444,16 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "machine": Part(15, _machine),
-    "compile": Part(110, _compile),
-    "networks": Part(50, _networks),
-    "layers": Part(85, _layers),
-    "repeats": Part(25, _repeats),
-    "times": Part(120, _times),
+    "compile": Part(90, _compile),
+    "networks": Part(45, _networks),
+    "layers": Part(70, _layers),
+    "repeats": Part(20, _repeats),
+    "tuning": Part(80, _tuning),
+    "times": Part(105, _times),
     "graphs": Part(25, _graphs),
-    "large": Part(25, _large),
-    "second GPU": Part(15, _second_gpu),
-    "sanitizer": Part(30, _sanitizer),
+    "large": Part(20, _large),
+    "second GPU": Part(10, _second_gpu),
+    "sanitizer": Part(20, _sanitizer),
 }
 """In the order in which they run; their seconds are the budget's."""
 
@@ -443,7 +464,8 @@ PARTS: dict[str, Part] = {
 def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: str = "cuda") -> int:
     """Make all checks, write each result to `out/gpu.jsonl` as it comes, and print a summary.
 
-    The times are in `out/model.json`, `out/layers.json` and `out/lpips.json` too, whole after every row.
+    The times are in `out/model.json`, `out/layers.json` and `out/lpips.json` too, whole after every row. No config of
+    the user's counts: those of `out/configs.json` do, which the part `tuning` makes anew.
 
     Args:
         out: folder of the results; made where it is missing. Results of an earlier run are replaced.
@@ -464,8 +486,9 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
     _check_device(device)
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / RESULTS)
-    for path in (report.path, *(out / f"{name}.json" for name in BENCHMARKS)):
-        path.unlink(missing_ok=True)
+    tuned = (tuning.CONFIGS, tuning.LOG) if not parts or "tuning" in parts else ()
+    for name in (RESULTS, *(f"{name}.json" for name in BENCHMARKS), *tuned):
+        (out / name).unlink(missing_ok=True)
     last = time.monotonic() + budget
     for name in PARTS:
         if not parts or name in parts:
@@ -479,7 +502,9 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
         if path.exists():
             print(benchmark.table(results.read(path, name)))
             print(f"written to {path}")
-    print(f"written to {report.path}")
+    for path in (out / tuning.CONFIGS, out / tuning.LOG, report.path):
+        if path.exists():
+            print(f"written to {path}")
     return int(any(row["status"] == "failed" for row in report.rows()))
 
 
@@ -506,7 +531,8 @@ def _run_part(report: Report, name: str, end: float, device: str) -> None:
 
     `end` is a time of `time.monotonic`, until which the process's start counts too.
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
+    environment = {**os.environ, "ALEXNET_TRITON_CACHE": str(report.path.parent.resolve())}
+    environment |= {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     while True:
         left = end - time.monotonic()  # with none left the rest is written down as skipped
         command = [sys.executable, "-m", "alexnet_triton.bench.gpu", "--part", name]

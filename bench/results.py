@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from alexnet_triton import configs
 from alexnet_triton.bench.checks import Measure
 from alexnet_triton.bench.timing import machine
 from alexnet_triton.configs import cache
@@ -34,6 +35,8 @@ def envelope(
         roofs: of the device, from `roofs.measure`; None where the benchmark needs none.
     """
     head = {"benchmark": benchmark, "machine": machine(device), "method": method, "measured": True}
+    if torch.device(device).type == "cuda":
+        head["configs"] = configs.in_force(torch.cuda.get_device_name(device))
     return {**head, "roofs": dict(roofs)} if roofs else head
 
 

@@ -187,7 +187,7 @@ def test_what_is_kept_is_what_a_launch_then_gets(tmp_path, monkeypatch):
     problem = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, torch.bfloat16, False)
     chosen, card = ConvConfig(64, 32, 0, 64, 4, 2), "NVIDIA Test"
     tried = (Trial(problem.default(H100), time=lasting(2e-4)), Trial(chosen, time=lasting(1e-4)))
-    keeper = autotune.Keeper(cache.cache_path(), card, "measured", None, "cpu")
+    keeper = autotune.Keeper(H100._replace(card=card), "measured", cache.cache_path(), None)
     keeper.keep(Tuned("paper", "conv3", "forward", problem, tried, tried[1]))
     configs.forget()
     before = config.look_up_with(configs.lookup)

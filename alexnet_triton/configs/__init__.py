@@ -16,6 +16,7 @@ import re
 import warnings
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from alexnet_triton.configs import cache
 from alexnet_triton.configs.cache import Entry
@@ -68,6 +69,21 @@ def lookup(target: Target, problem: Problem) -> Config | None:
     ]
     nearest = min(distances, key=lambda found: found[:2], default=None)
     return nearest[2] if nearest and nearest[0] <= math.log2(FARTHEST) else None
+
+
+def in_force(card: str) -> dict[str, Any]:
+    """The user's file, and how many entries for a card it and the shipped one have, and count here."""
+    import triton
+
+    def count(problems: dict[str, dict[int, Entry]], needs_triton: bool) -> dict[str, int]:
+        given = [(problem.partition(" ")[0], one) for problem, batches in problems.items() for one in batches.values()]
+        hashes = {op: cache.kernel_hash(op) for op in cache.OPS.values()}
+        counting = [one for op, one in given if hashes.get(op) == one.kernel]
+        counting = [one for one in counting if not needs_triton or one.triton == triton.__version__]
+        return {"entries": len(given), "counting": len(counting)}
+
+    users, ships = count(_users(card), True), count(shipped(card), False)
+    return {"tuned": {"file": str(_users_file()), **users}, "shipped": ships}
 
 
 def _current(
@@ -132,11 +148,15 @@ def _tile(problem: Problem, given: dict[str, int]) -> tuple[int, int, int]:
 
 @functools.cache
 def _users(card: str) -> dict[str, dict[int, Entry]]:
+    path = _users_file()
+    return {} if path is None else cache.read(path).get(card, {})
+
+
+def _users_file() -> Path | None:
     try:
-        path = cache.cache_path()
+        return cache.cache_path()
     except RuntimeError:  # a user without a home has none
-        return {}
-    return cache.read(path).get(card, {})
+        return None
 
 
 @functools.cache

@@ -76,12 +76,8 @@ def _by_the_rule() -> Iterator[None]:
         kernels_config.look_up_with(before)
 
 
-def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> None:
-    """Hold the kernels, with the default configs, against plain PyTorch on this GPU.
-
-    Raises:
-        RuntimeError: they differ; then nothing may be tuned.
-    """
+def reference_errors(variant: str, dtype: torch.dtype, batch: int) -> dict[str, float]:
+    """RMS errors of the kernels' answers, with the default configs, against plain PyTorch on this GPU, by name."""
     from alexnet_triton.model import AlexNet
     from alexnet_triton.variants import VARIANTS
 
@@ -96,8 +92,16 @@ def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> Non
             leaves = [images, *model.parameters()]
             answers.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
     names = ["logits", "images", *(name for name, _ in model.named_parameters())]
-    for name, got, expected in zip(names, *answers, strict=True):
-        error = rms_error(got, expected)
+    return {name: rms_error(got, expected) for name, got, expected in zip(names, *answers, strict=True)}
+
+
+def check_against_reference(variant: str, dtype: torch.dtype, batch: int) -> None:
+    """Hold the kernels, with the default configs, against plain PyTorch on this GPU.
+
+    Raises:
+        RuntimeError: they differ; then nothing may be tuned.
+    """
+    for name, error in reference_errors(variant, dtype, batch).items():
         if not error <= REFERENCE_LIMITS[dtype]:
             raise RuntimeError(
                 f"the kernels' {name} of {variant} in {dtype}, batch {batch}, are off by {error:.1e} (RMS): nothing is "
@@ -289,29 +293,34 @@ class Keeper:
     """Puts results on disk, each as it comes.
 
     Args:
-        path: the file of configs, to which they are added; None for none.
-        card: what they are for, by the name that the file has for it.
+        target: what is tuned for.
         source: `"measured"` or `"modelled"`.
+        path: the file of configs, to which they are added; None for none.
         log: the log, to whose trials those of the results are added; None for none.
-        device: as a result file calls the card.
+        card: what the file of configs calls the target; None: as it is called.
 
     Raises:
         OSError: a file cannot be written: said before anything is tuned.
         ValueError: there is a file in the log's place, and it is no log.
     """
 
-    def __init__(self, path: Path | None, card: str, source: str, log: Path | None, device: str) -> None:
+    def __init__(
+        self, target: Target, source: str, path: Path | None, log: Path | None, card: str | None = None
+    ) -> None:
         import triton
 
-        self._path, self._card, self._source, self._triton = path, card, source, triton.__version__
+        self._path, self._card, self._source, self._triton = path, card or target.card, source, triton.__version__
         self._log = None
         if path is not None:
             cache.check_writable(path)
         if log is not None:
             from alexnet_triton.bench import results
 
-            measured = source == "measured"
-            head = (results.envelope if measured else results.estimate)("tuning", device, METHODS[source])
+            if source == "measured":
+                head = results.envelope("tuning", "cuda", METHODS[source])
+            else:
+                maker = "AMD" if target.backend == "hip" else "NVIDIA"
+                head = results.estimate("tuning", f"{maker} {target.card}", METHODS[source])
             cache.check_writable(log)
             self._log = results.ResultFile(log, head)
 
@@ -401,7 +410,7 @@ def _source(options: Options) -> str:
 
 def _keeper(options: Options, target: Target) -> tuple[Keeper, str]:
     """Who keeps the results, and where they are, in words."""
-    path, card, words = options.export, target.card, []
+    path, card, words = options.export, None, []
     if options.export is not None:
         card = options.export.name.removesuffix(".json")
     elif not options.dry_run:
@@ -415,13 +424,12 @@ def _keeper(options: Options, target: Target) -> tuple[Keeper, str]:
 
             results.read(options.log, "tuning")
             options.log.unlink()
-    maker = "" if not options.dry_run else "AMD " if target.backend == "hip" else "NVIDIA "
-    device = f"{maker}{target.card}" if options.dry_run else "cuda"
     try:
-        return Keeper(path, card, _source(options), options.log, device), "".join(f"; {each}" for each in words)
+        keeper = Keeper(target, _source(options), path, options.log, card)
     except OSError as error:
         hint = "" if options.export or options.dry_run else "; --export FILE takes the configs"
         raise RuntimeError(f"what is found could not be kept: {error}{hint}") from error
+    return keeper, "".join(f"; {each}" for each in words)
 
 
 def _words(options: Options) -> list[str]:
