@@ -199,7 +199,7 @@ def test_tuning_shows_the_chosen_over_the_default_and_counts_reasons(draw):
     ]  # fmt: skip
     (found,) = draw("tuning", result("tuning", rows))
     for text in ("Tuning of AlexNet (paper), bfloat16, batch 128", "conv2 forward", "fc6 forward", "0.75", "timed (3)",
-                 "too many products fall outside the answer (2)", "registers spill (2)", "nothing to compare",
+                 "too many products fall outside the answer (2)", "registers spill (2)", "nothing was timed",
                  "time over the default&#x27;s (ratio)", "(count)"):  # fmt: skip
         assert text.replace("&#x27;", "'") in found
     assert "estimate" not in found
@@ -208,8 +208,8 @@ def test_tuning_shows_the_chosen_over_the_default_and_counts_reasons(draw):
 def test_a_dry_run_of_tuning_is_called_an_estimate_and_compares_cycles(draw):
     rows = [trial(None, default=True), trial(None, "registers spill", cycles=1e3), trial(None, cycles=8e3, chosen=True)]
     (found,) = draw("tuning", result("tuning", [*rows, trial(None, layer="pool1", cycles=None)], measured=False))
-    for text in ("Dry run of tuning of AlexNet (paper)", "a model's estimate for Made-up Card 80GB", "not timed (3)",
-                 "modelled cycles over the default's (ratio)", "0.80", "nothing to compare"):  # fmt: skip
+    for text in ("Dry run of tuning of AlexNet (paper)", "a model's estimate for Made-up Card 80GB", "would be timed (3)",
+                 "modelled cycles over the default's (ratio)", "0.80", "the model has no cycles of it"):  # fmt: skip
         assert text in found
     assert "0.10" not in found  # what was pruned is compared with nothing
 

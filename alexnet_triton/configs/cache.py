@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -324,13 +325,13 @@ def merge(path: Path, cards: Cards) -> None:
 
 def write(path: Path, text: str) -> None:
     """Replace a file as a whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    new = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with new.open("x", encoding="utf-8") as file:  # as whoever runs it lets files be read
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(new, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         raise

@@ -47,9 +47,9 @@ def tuning(result: Result) -> Drawn:
         height = 0.3 * len(order) + 2.2
         figure = new_figure(f"{what} of AlexNet ({variant}), {dtype}, batch {batch}", height, result, notes, ())
         left, right = figure.subplots(1, 2, sharey=True)
-        _draw_costs(left, trials, cost)
+        _draw_costs(left, trials, cost, "nothing was timed" if result.measured else "the model has no cycles of it")
         left.set_xlabel(f"{'time' if result.measured else 'modelled cycles'} over the default's (ratio)")
-        _draw_pruned(right, trials, figure)
+        _draw_outcomes(right, trials, figure, "timed" if result.measured else "would be timed")
         left.set_yticks(range(len(order)), [" ".join(place) for place in order], parse_math=False)
         left.set_ylim(len(order) - 0.4, -0.6)
         settle(figure)
@@ -64,15 +64,16 @@ def _cycles(row: Row) -> float | None:
     return None if row.get("pruned") else row.get("cycles")
 
 
-def _draw_costs(axes: Axes, groups: Sequence[Sequence[Row]], cost: Callable[[Row], float | None]) -> None:
+def _draw_costs(axes: Axes, groups: Sequence[Sequence[Row]], cost: Callable[[Row], float | None], without: str) -> None:
     ours, default = STYLES[0], STYLES[1]
     seen: list[float] = [0.8, 1.25]
     for place, rows in enumerate(groups):
         costs = [(row, value) for row in rows if (value := cost(row)) is not None]
         base = next((value for row, value in costs if row.get("default")), None)
         if base is None:
-            why = "the default has no time" if costs else "nothing to compare"
-            axes.annotate(why, (1, place), (6, 0), textcoords="offset points", va="center", fontsize=8)
+            why = "the default has none" if costs else without
+            where = {"va": "center", "fontsize": 8, "backgroundcolor": "white"}
+            axes.annotate(why, (1, place), (6, 0), textcoords="offset points", **where)
             continue
         ratios = [value / base for _, value in costs]
         chosen = next((value / base for row, value in costs if row.get("chosen")), 1.0)
@@ -86,20 +87,23 @@ def _draw_costs(axes: Axes, groups: Sequence[Sequence[Row]], cost: Callable[[Row
     axes.plot([], [], "o", color=ours.colour, alpha=0.45, markersize=4, label="trial")
     axes.plot([], [], "*", color="black", markersize=10, label="chosen, with its ratio")
     axes.axvline(1, color=default.colour, linestyle=default.line, label="default")
-    axes.set_xscale("log")
-    axes.set_xlim(min(seen) / 1.35, max(seen) * 1.1)
-    plain_log(axes.xaxis)
+    far = max(seen) > 4 * min(seen)
+    if far:
+        axes.set_xscale("log")
+    axes.set_xlim(min(seen) / (1.35 if far else 1.25), max(seen) * 1.1)
+    if far:
+        plain_log(axes.xaxis)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8, frameon=False)
     tidy(axes)
 
 
-def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) -> None:
+def _draw_outcomes(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure, left_over: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    counts = [Counter(_outcome(row) for row in rows) for rows in groups]
+    counts = [Counter(row["pruned"]["reason"] if row.get("pruned") else left_over for row in rows) for rows in groups]
     total = sum(counts, Counter[str]())
-    reasons = [name for name, _ in total.most_common() if name not in OUTCOMES]
-    shown = [name for name in OUTCOMES if name in total] + reasons[:MOST_REASONS]
+    reasons = [name for name, _ in total.most_common() if name != left_over]
+    shown = [left_over, *reasons[:MOST_REASONS]]
     rarer = reasons[MOST_REASONS:]
     left = np.zeros(len(groups))
     for number, name in enumerate([*shown, *(["another reason"] if rarer else [])]):
@@ -113,19 +117,9 @@ def _draw_pruned(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure) ->
         )
         left += widths
     axes.set_xlabel("trials (count)")
+    axes.set_xlim(0, 1.03 * left.max())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = axes.get_legend_handles_labels()
     add_legend(figure, handles, labels, 1)
     tidy(axes)
     axes.grid(False, axis="y")
-
-
-OUTCOMES = ("timed", "not timed")
-"""Of a trial that was not pruned."""
-
-
-def _outcome(row: Row) -> str:
-    """What became of a trial."""
-    if row.get("pruned"):
-        return str(row["pruned"]["reason"])
-    return OUTCOMES[0] if row.get("time") else OUTCOMES[1]
