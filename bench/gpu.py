@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from alexnet_triton import configs
-from alexnet_triton.backend import TRITON_INSTALLED, interpreting
+from alexnet_triton.backend import TRITON_INSTALLED, interpreting, use_backend
 from alexnet_triton.bench import checks, launches, layers, lpips, model, results, roofs, tuning
 from alexnet_triton.bench.checks import Absent, Measure, Scale
 from alexnet_triton.bench.plans import Plan
@@ -259,9 +259,8 @@ def _compile_in_parallel(run: Run) -> dict[str, Any]:
 def compile_shard(run: Run, number: int, processes: int) -> None:
     """Run every `processes`th layer and network once, from the `number`th on; what goes wrong shows in the checks."""
     end = time.monotonic() + run.seconds
-    jobs: list[Callable[[], Any]] = [
-        partial(_meet_network, variant, dtype, run) for dtype in run.scale.dtypes[:2] for variant in VARIANTS
-    ]
+    jobs: list[Callable[[], Any]] = [partial(_meet_recipe, run)]
+    jobs += [partial(_meet_network, variant, dtype, run) for dtype in run.scale.dtypes[:2] for variant in VARIANTS]
     jobs += [partial(_meet_layer, case, run) for case in checks.cases(run.scale)]
     for job in jobs[number::processes]:
         if time.monotonic() > end:
@@ -279,6 +278,13 @@ def _meet_layer(case: checks.Case, run: Run) -> None:
 def _meet_network(variant: str, dtype: torch.dtype, run: Run) -> None:
     model = checks.network(variant, run.scale, run.device, dtype, dropout=0.5)
     checks.gradients(model, checks.images_for(variant, run.scale, run.device, dtype), "triton")
+
+
+def _meet_recipe(run: Run) -> None:
+    """What the README's training step launches: half precision by autocast, gradients in single."""
+    with use_backend("triton"):
+        batches = checks.batches_of(run.scale.batches[0], run.scale.image_size or 227)
+        checks.train_eagerly(run.device, batches, checks.RATES[:1])
 
 
 def _networks(run: Run) -> Iterator[tuple[str, Check]]:
@@ -324,9 +330,10 @@ def _check_second_gpu(run: Run) -> list[Measure]:
 
 
 def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
-    for variant in ("paper", "torchvision"):
+    for variant in ("paper", "torchvision", "merged", "caffe"):
         yield f"inference of {variant}", partial(checks.check_inference_graph, variant, run.scale, run.device)
         yield f"training step of {variant}", partial(checks.check_training_graph, variant, run.scale, run.device)
+    yield "the README's training step", partial(checks.check_recipe, run.scale, run.device)
 
 
 def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:

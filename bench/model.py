@@ -31,7 +31,8 @@ METHOD = (
     "All in turn, from the same weights, on three sets of random images, after a check of ours against float64: the "
     "logits, for a training step (forward, backward, SGD with momentum) the gradients too. Half precision is the "
     "network's own dtype in inference and autocast in training. Times are those of a caller, the host's work included; "
-    "on a GPU the second-level cache is overwritten before each sample. Memory is the most that a call holds beyond "
+    "on a GPU the second-level cache is overwritten before each sample. A graph of inference is `model.graphed`, which "
+    "copies images in and logits out; one of training is replayed alone. Memory is the most that a call holds beyond "
     "what was there before it."
 )
 
@@ -242,9 +243,13 @@ def _ready(
 ) -> tuple[Callable[[], Any], int | None]:
     """A peer that has run once on every set, and the most that a call of it held, on a GPU."""
     peer, device = PEERS[name], sets[0].device
-    step = step_of(name, task, network(name, ours), dtype)
+    model = network(name, ours)
+    step = step_of(name, task, model, dtype)
     if peer.channels_last:
         sets = [images.to(memory_format=torch.channels_last) for images in sets]
+    if peer.graph and task == "inference":
+        with backend_of_ours(device) if name.startswith(OURS) else use_backend("reference"):
+            return over_sets(checks.graphed(model, sets[0]), sets), None
     if peer.graph:
         replays = [checks.captured(partial(step, images), device) for images in sets]
         return over_sets(lambda replay: replay(), replays), None

@@ -1,5 +1,6 @@
 """The checks of `bench gpu`, in Triton's interpreter: they pass on right kernels, and fail on broken ones."""
 
+import copy
 import json
 import os
 import signal
@@ -251,9 +252,27 @@ def test_graphs_that_replay_what_was_are_seen(linear_alone, monkeypatch):
         return lambda: result
 
     monkeypatch.setattr(checks, "captured", stale)
-    assert broken(checks.check_inference_graph("", one, CPU)) == {"replay 1", "replay 2"}
     names = broken(checks.check_training_graph("", one, CPU))
-    assert {"masks that came again", "p=0.0: parameters left as they were", "replay, 2.weight"} <= names
+    assert {"masks that came again", "p=0.0: parameters left as they were", "p=0.5: replay, 2.weight"} <= names
+
+    def deaf(model, *examples):
+        """To values that change; and its answers are all one tensor."""
+        before = copy.deepcopy(model)
+        answer = torch.empty(1, 10, dtype=torch.bfloat16)
+        return lambda images: answer.copy_(before(images).detach())
+
+    monkeypatch.setattr(checks, "graphed", deaf)
+    found = broken(checks.check_inference_graph("", one, CPU))
+    assert {"an answer that is kept", "values that changed in place", "values that did not count"} <= found
+
+
+def test_masks_that_do_not_follow_the_generator_are_seen(linear_alone, monkeypatch):
+    from alexnet_triton.kernels import random
+
+    one = SMALL._replace(batches=(1,))
+    drawn = iter(range(100))
+    monkeypatch.setattr(random, "seed", lambda device: torch.tensor([next(drawn)]))
+    assert "p=0.5: replay, 2.weight" in broken(checks.check_training_graph("", one, CPU))
 
 
 def test_the_small_run_meets_every_kernel(monkeypatch):
@@ -404,7 +423,7 @@ def test_without_a_gpu_and_optional_packages_it_says_what_it_needs():
 def test_a_part_without_time_names_what_it_skips(tmp_path):
     assert gpu.run(tmp_path, budget=1e-3, parts=["graphs"], device="cpu") == 0
     rows = [row for row in gpu.Report(tmp_path / gpu.RESULTS).rows() if row["part"] == "graphs"]
-    assert [row["why"] for row in rows] == ["no time was left"] * 4
+    assert [row["why"] for row in rows] == ["no time was left"] * 9
     assert rows[0]["case"] == "inference of paper"
 
 
@@ -472,10 +491,11 @@ def test_a_shard_goes_on_after_a_kernel_that_does_not_compile(tmp_path, monkeypa
     met = []
     monkeypatch.setattr(gpu, "_meet_layer", lambda case, run: met.append(case) or 1 / 0)
     monkeypatch.setattr(gpu, "_meet_network", lambda *args: met.append(args))
+    monkeypatch.setattr(gpu, "_meet_recipe", met.append)
     run = a_run(tmp_path)._replace(scale=checks.TINY)
     for number in range(3):
         gpu.compile_shard(run, number, 3)
-    assert len(met) == len(checks.cases(checks.TINY)) + 2 * len(VARIANTS)
+    assert len(met) == len(checks.cases(checks.TINY)) + 2 * len(VARIANTS) + 1
     assert "ZeroDivisionError" in capsys.readouterr().out
 
 

@@ -1,22 +1,22 @@
 """`model.graphed`, through a stand-in for CUDA graphs that replays torch's operators at their addresses."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import threading
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from torch import nn
 
-from alexnet_triton import AlexNet, graphs, unfuse
+from alexnet_triton import VARIANTS, AlexNet, graphs, unfuse
+from alexnet_triton.bench import checks
 from alexnet_triton.graphs import Graphed
 
-README = Path(__file__).parents[1] / "README.md"
+SIZES = 4, 67
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -25,9 +25,16 @@ def cuda(monkeypatch):
     return FakeCuda().install(monkeypatch)
 
 
-@pytest.fixture
-def model(monkeypatch):
+@pytest.fixture(autouse=True)
+def thin(monkeypatch):
+    """AlexNet with few filters and features."""
+    merged = dataclasses.replace(VARIANTS["merged"], filters=(8, 16, 16, 16, 16))
+    monkeypatch.setattr("alexnet_triton.model.VARIANTS", {**VARIANTS, "merged": merged})
     monkeypatch.setattr("alexnet_triton.model.FEATURES", 32)
+
+
+@pytest.fixture
+def model():
     return AlexNet(10, init="kaiming").eval()
 
 
@@ -285,13 +292,13 @@ def test_what_comes_back_serves_again(cuda, model):
 
 
 def test_buffers_and_layers_without_a_bias_are_watched_too(cuda, model):
-    model.features[1] = nn.BatchNorm2d(96).eval()
-    model.features[0] = nn.Conv2d(3, 96, 11, 4, bias=False).eval()
+    model.features[1] = nn.BatchNorm2d(8).eval()
+    model.features[0] = nn.Conv2d(3, 8, 11, 4, bias=False).eval()
     graph = model.graphed(pictures())
     model.features[1].running_mean.add_(1)
     images = pictures()
     assert torch.equal(graph(images), exact(model, images))
-    model.features[1].running_mean = torch.zeros(96)
+    model.features[1].running_mean = torch.zeros(8)
     with pytest.raises(RuntimeError, match=r"features\.1\.running_mean has been replaced or moved"):
         graph(images)
 
@@ -386,86 +393,46 @@ def test_it_is_gone_with_its_last_reference(cuda, model):
 
 # --- the README's training step -------------------------------------------------------------------------------
 
-RATES = (0.01, 0.01, 0.01, 0.02, 0.005, 0.01)
-
-
-def recipe(device, change):
-    """The README's block, for fewer and smaller images."""
-    section = README.read_text().split("\n## CUDA graphs\n")[1]
-    code = next(block for block in section.split("```python\n")[1:] if "torch.cuda.graph(" in block).split("```")[0]
-    smaller = {"128, 3, 227, 227": "4, 3, 67, 67", "torch.empty(128,": "torch.empty(4,", '"cuda"': repr(device)}
-    for old, new in {**change, **smaller}.items():
-        assert old in code
-        code = code.replace(old, new)
-    return code
-
 
 @pytest.fixture
 def by_the_readme(monkeypatch):
-    """Trains with the README's block, on a CPU with a stand-in for the graph. Gives the block's names."""
-    monkeypatch.setattr("alexnet_triton.model.FEATURES", 32)
+    """Trains with the README's block, on a CPU with a stand-in for the graph; gives what it leaves."""
 
     def run(device="cpu", change=None):
-        if device == "cpu":
-            FakeCuda().install(monkeypatch)
-
-        def batches():
-            for rate in RATES:
-                if isinstance(names["rate"], torch.Tensor):
-                    names["rate"].fill_(rate)
-                yield batch()
-
-        torch.manual_seed(1)
-        batch = batches_of(1)
-        names = {"batches": batches()}
-        exec(recipe(device, change or {}), names)
-        return names
+        code = checks.recipe(torch.device(device), *SIZES)
+        for old, new in (change or {}).items():
+            assert old in code
+            code = code.replace(old, new)
+        with monkeypatch.context() as within:
+            if device == "cpu":
+                FakeCuda().install(within)
+            names = checks.train_by(code, checks.batches_of(*SIZES))
+        return {**names["model"].state_dict(), "loss": names["loss"]}
 
     return run
 
 
-def batches_of(seed):
-    draw = torch.Generator().manual_seed(seed)
-    return lambda: (torch.randn(4, 3, 67, 67, generator=draw), torch.arange(4))
+def eager(device="cpu"):
+    return checks.train_eagerly(torch.device(device), checks.batches_of(*SIZES))
 
 
-def train_eagerly(device):
-    torch.manual_seed(1)
-    batch = batches_of(1)
-    model = AlexNet(num_classes=10, init="kaiming", device=device).train()
-    rate = torch.tensor(0.01, device=device)
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, fused=True)
-    for number in RATES:
-        rate.fill_(number)
-        images, labels = batch()
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
-            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
-        loss.backward()
-        optimizer.step()
-    return model.state_dict(), loss.detach()
-
-
-def agree(names, expected, device="cpu"):
-    close = {"rtol": 0, "atol": 0} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-4}
-    got = names["model"].state_dict()
-    return all(torch.allclose(got[name], expected[name], **close) for name in expected)
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_readmes_training_step_trains_as_an_eager_one_does(device, by_the_readme):
-    """Masks, momentum and a rate that changes included."""
-    names = by_the_readme(device)
-    expected, loss = train_eagerly(device)
-    assert agree(names, expected, device)
-    torch.testing.assert_close(names["loss"], loss)
-    assert all(parameter.grad is not None for parameter in names["model"].parameters())
+    """Masks, momentum and a rate that changes included; on a GPU here with PyTorch's layers, which vary a little."""
+    got, expected = by_the_readme(device), eager(device)
+    assert device == "cuda" or same(got, expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {'torch.tensor(0.01, device="cuda")': "0.01"},
+        {"torch.tensor(0.01, device='cpu')": "0.01"},
         {"number < 3": "number < 0", "number == 3": "number == 0"},
         {"    images.copy_(new_images, non_blocking=True)\n": ""},
         {"    graph.replay()": "    number < 4 and graph.replay()"},
@@ -473,7 +440,7 @@ def test_the_readmes_training_step_trains_as_an_eager_one_does(device, by_the_re
     ids=["rate", "warm-up", "images", "replay"],
 )
 def test_without_any_of_its_parts_it_would_not(change, by_the_readme):
-    assert not agree(by_the_readme(change=change), train_eagerly("cpu")[0])
+    assert not same(by_the_readme(change=change), eager())
 
 
 def test_an_optimizer_that_reads_its_rate_cannot_be_captured(by_the_readme):

@@ -66,6 +66,18 @@ def test_a_peer_that_cannot_run_is_absent_and_the_others_are_timed(monkeypatch):
     assert "torchvision: absent" in model.times_table(row)[-1]
 
 
+@pytest.mark.parametrize("name", [name for name, peer in model.PEERS.items() if peer.graph])
+def test_one_graph_of_inference_is_fed_every_set(name):
+    ours = checks.network("torchvision", PLAN.scale, CPU, torch.float32).eval()
+    sets = [checks.images_for("torchvision", PLAN.scale, CPU, torch.float32) for _ in range(3)]
+    function, held = model._ready(name, "inference", ours, sets, torch.float32)
+    for images in sets:
+        got = function()
+        torch.testing.assert_close(got, ours(images).detach(), rtol=1e-3, atol=1e-4)
+        assert not got.requires_grad
+    assert held is None
+
+
 @pytest.mark.parametrize("task", model.TASKS)
 def test_networks_that_differ_have_no_time(task, monkeypatch):
     right = FusedSequential.forward
