@@ -135,13 +135,14 @@ class Picture(NamedTuple):
         return hashlib.sha256(self.source.read_bytes()).hexdigest()
 
     def fresh(self) -> bool:
-        """Whether the file is there, and of the result as it is now."""
+        """Whether the file is there, a picture, and of the result as it is now."""
         from PIL import Image
 
-        if not self.path.is_file():
+        try:
+            with Image.open(self.path) as image:
+                return image.info.get("Source") == self.stamp()
+        except OSError:
             return False
-        with Image.open(self.path) as image:
-            return image.info.get("Source") == self.stamp()
 
     def draw(self) -> None:
         """Draw it, in a palette, since it is kept in the repository."""
@@ -156,7 +157,9 @@ class Picture(NamedTuple):
         facts = PngImagePlugin.PngInfo()
         facts.add_text("Source", self.stamp())
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(self.path, optimize=True, pnginfo=facts)
+        part = self.path.with_suffix(".part")  # half a picture would have the stamp already
+        image.save(part, "PNG", optimize=True, pnginfo=facts)
+        part.replace(self.path)
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
@@ -246,17 +249,16 @@ def run(check: bool = False, root: Path = ROOT) -> int:
     pages = {root / name: render(root / name, root) for name in PAGES}
     pictures = dict.fromkeys(picture for page in pages.values() for picture in page.pictures)
     stale = [picture for picture in pictures if not picture.fresh()]
+    if not check:
+        for picture in stale:
+            picture.draw()
+        for path, page in pages.items():
+            if page.changed:
+                path.write_text(page.text, encoding="utf-8")
     found = [change for page in pages.values() for change in page.changed]
     found += [f"{picture.path.relative_to(root)}" for picture in stale]
     for each in found:
         print(f"{'not what the results give' if check else 'written'}: {each}")
     if not found:
         print("the pages show what the results give")
-    if check:
-        return int(bool(found))
-    for path, page in pages.items():
-        if page.changed:
-            path.write_text(page.text, encoding="utf-8")
-    for picture in stale:
-        picture.draw()
-    return 0
+    return int(check and bool(found))

@@ -137,7 +137,7 @@ def test_a_palette_leaves_every_peer_its_colour(root, monkeypatch):
     assert {style.colour for style in STYLES[: len(times)]} <= colours
 
 
-@pytest.mark.parametrize("change", ["table", "result", "picture", "no picture"])
+@pytest.mark.parametrize("change", ["table", "result", "picture", "half a picture", "no picture"])
 def test_whatever_differs_is_found_and_mended(change, root, capsys):
     readme.run(root=root)
     result, picture = root / "bench" / "results" / "model.json", root / "docs" / "throughput-model.png"
@@ -149,6 +149,8 @@ def test_whatever_differs_is_found_and_mended(change, root, capsys):
         result.write_text(json.dumps({**MODEL, "method": "otherwise"}))
     elif change == "picture":
         Image.new("RGB", (9, 9)).save(picture)
+    elif change == "half a picture":
+        picture.write_bytes(b"\x89PNG")
     else:
         picture.unlink()
     capsys.readouterr()
