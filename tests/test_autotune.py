@@ -211,6 +211,10 @@ def test_a_row_and_the_summary_say_what_was_tried_and_why_not():
     assert row.split()[:7] == ["fc8", "forward", "4", "3", "2", "100.0", "us"]
     assert "2.00" in row
     assert "splits=2" in row
+    for width, lines in ((60, 3), (40, 3), (100, 2), (120, 1), (None, 1)):
+        assert len(table.format_row(result, width).splitlines()) == lines
+    assert all(len(line) < 60 for line in (table.HEADER, *table.format_row(result, 60).splitlines()))
+    assert table.format_row(replace(result, best=tried[0]), 60) == table.format_row(replace(result, best=tried[0]), 40)
     text = table.summary([result], "measured")
     assert "3 candidates, 1 pruned (33%), 2 timed" in text
     assert "1  registers spill" in text

@@ -13,7 +13,10 @@ from alexnet_triton.kernels.config import Config
 from alexnet_triton.tuning.trials import Tuned
 
 HEADER = f" {'layer':<6}{'direction':<16}{'batch':>6}{'tried':>6}{'timed':>6}{'best':>12}{'gain':>6}"
-"""Every line fits 60 columns; the config follows where the terminal has room, else it is below."""
+"""Fits 60 columns. The config follows, or is below where a terminal is narrow."""
+
+WIDE = 100
+"""Columns from which on a config finds its place in the line."""
 
 J = TypeVar("J", bound=Any)
 
@@ -27,13 +30,16 @@ def running(jobs: Sequence[J], tune: Callable[[J], Tuned | None]) -> Iterator[Tu
     """
     from tqdm import tqdm
 
-    print(f"{HEADER}  config", flush=True)
-    with tqdm(jobs, "autotune", unit="problem", leave=False, disable=None, dynamic_ncols=True) as bar:
+    width = _width()
+    narrow = width is not None and width < WIDE
+    print(f"{HEADER}\n       config, where it is not the default" if narrow else f"{HEADER}  config", flush=True)
+    look = "{desc}|{bar}| {n_fmt} of {total_fmt}, {elapsed}, {remaining} left"
+    with tqdm(jobs, bar_format=look, leave=False, disable=None, dynamic_ncols=True) as bar:
         for job in bar:
-            bar.set_postfix_str(job.name)
+            bar.set_description_str("" if narrow else f"{job.name} ")
             tuned = tune(job)
             if tuned is not None:
-                tqdm.write(format_row(tuned, _width()))
+                tqdm.write(format_row(tuned, width))
                 sys.stdout.flush()
                 yield tuned
 
@@ -58,11 +64,15 @@ def format_row(tuned: Tuned, width: int | None = None) -> str:
     gain = "-" if cost == "-" else f"{tuned.gain:.2f}"
     counts = f"{tuned.problem.images:>6,}{len(tuned.trials):>6}{len(tuned.survivors):>6}"
     line = f" {tuned.layer:<6}{tuned.direction:<16}{counts}{cost:>12}{gain:>6}"
-    config = "the default" if best is tuned.trials[0] else brief(best.config)
-    if width is None or len(line) + 2 + len(config) <= width:
+    default = best is tuned.trials[0]
+    config = "the default" if default else brief(best.config)
+    if width is None or (width >= WIDE and len(line) + 2 + len(config) <= width):
         return f"{line}  {config}"
-    below = textwrap.wrap(config, width - 1, initial_indent=" " * 7, subsequent_indent=" " * 7)
-    return "\n".join([line, *below])
+    indent = " " * (7 if width < WIDE else len(HEADER) + 2)
+    below = textwrap.wrap(config, width - 1, initial_indent=indent, subsequent_indent=indent)
+    if width < WIDE:
+        return "\n".join([line, *(below if not default else [])])
+    return line + below[0][len(line) :] + "".join(f"\n{more}" for more in below[1:])
 
 
 def brief(config: Config) -> str:
