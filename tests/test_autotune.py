@@ -3,11 +3,15 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from alexnet_triton import chain, configs
+from alexnet_triton.bench import results
+from alexnet_triton.bench.plots.files import read
+from alexnet_triton.cli import main
 from alexnet_triton.configs import cache
 from alexnet_triton.kernels import config, launch, linear
 from alexnet_triton.kernels.config import ConvConfig, ConvProblem, LinearConfig, LinearProblem
@@ -225,8 +229,8 @@ def test_a_row_and_the_summary_say_what_was_tried_and_why_not():
 
 
 def test_a_dry_run_needs_no_gpu_compiles_prunes_and_exports(tmp_path, capfd):
-    path = tmp_path / "h100.json"
-    options = Options("paper", (1, 2), layer="fc8", direction="forward", dry_run=True, export=path, jobs=1)
+    path, log = tmp_path / "h100.json", tmp_path / "logs" / "tuning.json"
+    options = Options("paper", (1, 2), layer="fc8", direction="forward", dry_run=True, export=path, log=log, jobs=1)
     assert autotune.run(options) == 0
     out = capfd.readouterr().out
     assert "a model's estimate for H100 (sm_90), nothing is measured" in out
@@ -234,7 +238,83 @@ def test_a_dry_run_needs_no_gpu_compiles_prunes_and_exports(tmp_path, capfd):
     [batches] = cache.parse(path.read_text())["h100"].values()
     assert sorted(batches) == [1, 2]
     assert {one.source for one in batches.values()} == {"modelled"}
+    result = read(log, ["tuning"])  # as `plot tuning` takes it
+    assert (result.measured, result.machine["device"]) == (False, "NVIDIA H100")
+    for batch in (1, 2):
+        tried = [row for row in result.rows if row["batch"] == batch]
+        assert [row["default"] for row in tried] == [True] + [False] * (len(tried) - 1)
+        [chosen] = [row["config"] for row in tried if row["chosen"]]
+        assert chosen == batches[batch].config
+        assert all(
+            (row["pruned"] is None) == (row["issue_share"] is not None) for row in tried if row["pruned"] is None
+        )
+        assert sum(row["pruned"] is not None for row in tried) >= 0.4 * len(tried)
     assert all(math.isfinite(cache.config_of(one, LinearProblem).splits) for one in batches.values())
+
+
+class OneTuner:
+    """Stands for the real one: it has three problems, and is interrupted at the second."""
+
+    def __init__(self, *what):
+        self.tuned = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def jobs(self, *what):
+        return [SimpleNamespace(name=f"job {number}") for number in range(3)]
+
+    def tune(self, job, seconds):
+        self.tuned += 1
+        if self.tuned == 2:
+            raise KeyboardInterrupt
+        tried = (Trial(A, cycles=2.0), Trial(B, cycles=1.0), Trial(C, Objection("registers spill", "8 bytes")))
+        return Tuned("paper", "fc8", "forward", PROBLEM, tried, tried[1])
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As in a process that can compile, with a tuner that need not."""
+    monkeypatch.setattr(autotune, "interpreting", lambda: False)
+    monkeypatch.setattr(autotune, "Tuner", OneTuner)
+
+
+def test_what_was_found_before_ctrl_c_is_kept_and_said(tmp_path, compiled, capfd):
+    path, log = tmp_path / "h100.json", tmp_path / "tuning.json"
+    options = Options("paper", dry_run=True, export=path, log=log)
+    for _ in range(2):  # the second run's log replaces the first's
+        with pytest.raises(
+            KeyboardInterrupt, match=f"stopped after 1 of 3 problems; configs are in {path}; every trial"
+        ):
+            autotune.run(options)
+    [batches] = cache.parse(path.read_text())["h100"].values()
+    assert cache.config_of(batches[4], LinearProblem) == B
+    rows = results.read(log, "tuning")["rows"]
+    assert [(row["cycles"], row["default"], row["chosen"]) for row in rows] == [(2, 1, 0), (1, 0, 1), (0, 0, 0)]
+    assert rows[2]["pruned"] == {"reason": "registers spill", "figure": "8 bytes"}
+    words = ["autotune", "--dry-run", "--export", str(path)]
+    assert main(words) == 130
+    assert (
+        capfd.readouterr().err.strip().endswith(f"alexnet-triton: stopped after 1 of 3 problems; configs are in {path}")
+    )
+
+
+def test_what_cannot_be_kept_is_said_before_anything_is_tuned(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(OneTuner, "jobs", lambda *what: pytest.fail("it has begun"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "mine.json").write_text('{"benchmark": "layers"}')
+    for given, why in (
+        ({"export": tmp_path / "file" / "h100.json"}, "could not be kept: .*file"),
+        ({"export": tmp_path}, "could not be kept: .* is no file"),
+        ({"log": tmp_path / "file" / "log.json"}, "could not be kept: .*file"),
+        ({"log": tmp_path / "mine.json"}, 'benchmark "layers", expected "tuning"'),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=why):
+            autotune.run(Options("paper", dry_run=True, **given))
+    assert (tmp_path / "mine.json").read_text() == '{"benchmark": "layers"}'
 
 
 def test_a_spent_budget_is_said_and_ends_the_work(capfd):

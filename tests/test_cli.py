@@ -27,6 +27,8 @@ def test_info_prints_the_table(capsys):
     [
         (["info", "--variant", "vgg"], "invalid choice: 'vgg'"),
         (["info", "--batch", "0"], "must be at least 1, got 0"),
+        (["info", "--batch", "many"], "must be a whole number, got 'many'"),
+        (["autotune", "--batch", "1,,2"], "must be a whole number, got ''"),
         (["demo", "--lr", "-1"], "must be positive"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),
