@@ -244,6 +244,8 @@ class Tuner:
     def tune(self, job: Job, seconds: float = float("inf")) -> Tuned | None:
         """Choose a problem's config; None where the compiler is not ready within `seconds`."""
         problem = job.work.problem
+        if seconds <= 0:
+            return None
         try:
             figures = self._figures(job, seconds)
         except TimeoutError:
