@@ -279,6 +279,14 @@ def test_whoever_has_no_home_has_no_cache(monkeypatch):
     assert config.choose(TARGET, CONV) == CONV.default(TARGET)
 
 
+def test_a_file_that_was_measured_on_a_card_can_ship_as_it_is(tmp_path, monkeypatch):
+    keep(128)
+    os.rename(cache.cache_path(), tmp_path / "test.json")
+    monkeypatch.setattr(configs, "files", lambda package: tmp_path)
+    configs.forget()
+    assert config.choose(TARGET._replace(card="NVIDIA Test PCIe"), CONV) == ONE
+
+
 def test_a_broken_shipped_file_is_reported_and_ignored(tmp_path, monkeypatch):
     (tmp_path / "test.json").write_text("{")
     monkeypatch.setattr(configs, "files", lambda package: tmp_path)

@@ -161,10 +161,11 @@ def _users_file() -> Path | None:
 
 @functools.cache
 def shipped(card: str) -> dict[str, dict[int, Entry]]:
-    """The entries that ship for a card: of the file whose name is a word of the card's."""
+    """The entries that ship for a card: all of the file whose name is a word of the card's, whatever they call it."""
     words = re.findall(r"[a-z0-9]+", card.lower())
     for path in sorted(files(__package__).iterdir(), key=lambda path: path.name):
         name = path.name.removesuffix(".json")
         if path.name.endswith(".json") and name in words:
-            return cache.read(Path(str(path))).get(name, {})
+            entries = cache.read(Path(str(path))).values()
+            return {problem: batches for problems in entries for problem, batches in problems.items()}
     return {}
