@@ -27,7 +27,6 @@ epilogue of a product but for its bytes. It ranks changes. Measured times decide
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +36,11 @@ import torch
 from tqdm import tqdm
 
 from alexnet_triton.backend import interpreting
+from alexnet_triton.bench import results as files
 from alexnet_triton.bench.cards import CARDS, Card
 from alexnet_triton.bench.checks import FULL, layers
 from alexnet_triton.bench.floors import least
 from alexnet_triton.bench.plots.files import OURS, read
-from alexnet_triton.bench.timing import machine
-from alexnet_triton.configs import cache
 from alexnet_triton.kernels.target import cdiv
 from alexnet_triton.tuning.inspect import DIRECTIONS, DTYPES, LAYERS, LayerLaunch, launches, run_compiled
 from alexnet_triton.variants import VARIANTS
@@ -472,7 +470,7 @@ def run(
         words += ["--out", str(out), *([] if results is None else ["--results", str(results)])]
         return run_compiled(["bench", "predict", *words, *["--schedules"] * schedules_only])
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError as error:
         raise RuntimeError("predict compiles kernels with Triton: pip install triton, on Linux") from error
 
@@ -488,18 +486,12 @@ def run(
         rows += fresh
         print(f"{title(chosen, variant, dtype, [batch])}\n{format_table(fresh, measured)}\n", flush=True)
     print(LEGEND + (f"\nmeasured: {results}; est/meas: {BESIDE}" if results else ""))
-    facts = {key: value for key, value in machine().items() if key not in ("cores", "threads")}
-    content = {
-        "benchmark": "predict",
-        "machine": {**facts, "device": f"NVIDIA {chosen.name}", "triton": triton.__version__},
-        "method": "A model's estimate from the compiler's figures, for a card that was not there: nothing was "
-        f"measured. Assumed: {LAUNCH * 1e6:g} us a launch, {LATENCY} cycles a load.",
-        "measured": False,
-        "roofs": {"copy_gbs": chosen.copy_gbs, "tflops": dict(chosen.tflops), "source": chosen.source},
-        "rows": rows,
-    }
-    out.mkdir(parents=True, exist_ok=True)
+    method = (
+        "A model's estimate from the compiler's figures, for a card that was not there: nothing was measured. "
+        f"Assumed: {LAUNCH * 1e6:g} us a launch, {LATENCY} cycles a load."
+    )
+    tops = {"copy_gbs": chosen.copy_gbs, "tflops": dict(chosen.tflops), "source": chosen.source}
     path = out / "predict.json"
-    cache.write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    files.write(path, {**files.estimate("predict", f"NVIDIA {chosen.name}", method, tops), "rows": rows})
     print(f"written to {path}")
     return 0
