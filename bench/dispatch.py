@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from alexnet_triton import library, ops, use_backend
+from alexnet_triton.bench import results
 from alexnet_triton.bench.timing import machine
 
 CALLS, ROUNDS = 2_000, 9
@@ -42,8 +42,7 @@ def run(out: Path, rounds: int = ROUNDS) -> None:
                 dispatch = min(_time(call) for _ in range(rounds)) * 1e6
             rows.append({"call": name, "us": dispatch, "host_us": host})
     result = {**machine(), "calls": CALLS, "rounds": rounds, "rows": rows}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "dispatch.json").write_text(json.dumps(result, indent=2) + "\n")
+    results.write(out / "dispatch.json", result)
     print(format_table(result))
 
 
