@@ -208,8 +208,9 @@ def test_tuning_shows_the_chosen_over_the_default_and_counts_reasons(draw):
 def test_a_dry_run_of_tuning_is_called_an_estimate_and_compares_cycles(draw):
     rows = [trial(None, default=True), trial(None, "registers spill", cycles=1e3), trial(None, cycles=8e3, chosen=True)]
     (found,) = draw("tuning", result("tuning", [*rows, trial(None, layer="pool1", cycles=None)], measured=False))
-    for text in ("Dry run of tuning of AlexNet (paper)", "a model's estimate for Made-up Card 80GB", "would be timed (3)",
-                 "modelled cycles over the default's (ratio)", "0.80", "the model has no cycles of it"):  # fmt: skip
+    for text in ("Dry run of tuning of AlexNet (paper)", "a model's estimate for Made-up Card 80GB", "0.80",
+                 "modelled cycles over the default's (ratio)", "would be timed (3)",
+                 "the model has no cycles of it"):  # fmt: skip
         assert text in found
     assert "0.10" not in found  # what was pruned is compared with nothing
 
