@@ -447,3 +447,11 @@ def test_without_any_of_its_parts_it_would_not(change, by_the_readme):
 def test_an_optimizer_that_reads_its_rate_cannot_be_captured(by_the_readme):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         by_the_readme(change={", fused=True": ""})
+
+
+def test_the_benchmarks_replays_are_of_the_same_kind(cuda):
+    total = torch.zeros(1)
+    replay = checks.captured(lambda: total.add_(1), torch.device("cuda"))
+    assert total == graphs.WARM_UPS
+    assert replay() == graphs.WARM_UPS + 1
+    assert "side 1 captures, thread_local" in cuda.log
