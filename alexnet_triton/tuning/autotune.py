@@ -260,7 +260,7 @@ class Tuner:
 
     def _figures(self, job: Job, seconds: float) -> dict[Config, Figures]:
         end = time.monotonic() + seconds
-        found = {}
+        found: dict[Config, Figures] = {}
         for task, group in job.tasks:
             left = end - time.monotonic()
             try:

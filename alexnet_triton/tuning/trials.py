@@ -177,8 +177,13 @@ def choose_best(trials: Sequence[Trial], source: str, chosen: Counter[Config]) -
 
 def rows(tuned: Tuned) -> list[dict[str, Any]]:
     """A log's rows: each trial, what it cost in seconds or by the model, why it was pruned, and whether it won."""
-    place = {"variant": tuned.variant, "layer": tuned.layer, "direction": tuned.direction}
-    place |= {"dtype": str(tuned.problem.dtype).removeprefix("torch."), "batch": tuned.problem.images}
+    place = {
+        "variant": tuned.variant,
+        "layer": tuned.layer,
+        "direction": tuned.direction,
+        "dtype": str(tuned.problem.dtype).removeprefix("torch."),
+        "batch": tuned.problem.images,
+    }
     return [
         {
             **place,

@@ -72,8 +72,9 @@ def _draw_costs(axes: Axes, groups: Sequence[Sequence[Row]], cost: Callable[[Row
         base = next((value for row, value in costs if row.get("default")), None)
         if base is None:
             why = "the default has none" if costs else without
-            where = {"va": "center", "fontsize": 8, "backgroundcolor": "white"}
-            axes.annotate(why, (1, place), (6, 0), textcoords="offset points", **where)
+            axes.annotate(
+                why, (1, place), (6, 0), textcoords="offset points", va="center", fontsize=8, backgroundcolor="white"
+            )
             continue
         ratios = [value / base for _, value in costs]
         chosen = next((value / base for row, value in costs if row.get("chosen")), 1.0)
