@@ -215,6 +215,8 @@ def test_a_row_and_the_summary_say_what_was_tried_and_why_not():
     assert row.split()[:7] == ["fc8", "forward", "4", "3", "2", "100.0", "us"]
     assert "2.00" in row
     assert "splits=2" in row
+    long = replace(result.best, time=None, cycles=123_456_789.0)
+    assert "   2 123,457 kcyc " in table.format_row(replace(result, best=long))
     for width, lines in ((60, 3), (40, 3), (100, 2), (120, 1), (None, 1)):
         assert len(table.format_row(result, width).splitlines()) == lines
     assert all(len(line) < 60 for line in (table.HEADER, *table.format_row(result, 60).splitlines()))

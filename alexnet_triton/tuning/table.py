@@ -60,10 +60,12 @@ def format_row(tuned: Tuned, width: int | None = None) -> str:
     if best.seconds is not None:
         cost = f"{best.seconds * 1e6:,.1f} us"
     else:
-        cost = f"{best.cycles:,.0f} cyc" if tuned.modelled else "-"
+        thousands = best.cycles / 1e3
+        digits = 2 if thousands < 10 else 1 if thousands < 1000 else 0
+        cost = f"{thousands:,.{digits}f} kcyc" if tuned.modelled else "-"
     gain = "-" if cost == "-" else f"{tuned.gain:.2f}"
     counts = f"{tuned.problem.images:>6,}{len(tuned.trials):>6}{len(tuned.survivors):>6}"
-    line = f" {tuned.layer:<6}{tuned.direction:<16}{counts}{cost:>12}{gain:>6}"
+    line = f" {tuned.layer:<6}{tuned.direction:<16}{counts} {cost:>11}{gain:>6}"
     default = best is tuned.trials[0]
     config = "the default" if default else brief(best.config)
     if width is None or (width >= WIDE and len(line) + 2 + len(config) <= width):
