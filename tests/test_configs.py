@@ -157,6 +157,17 @@ def test_shipped_files_are_found_by_a_word_of_the_cards_name_and_fit_these_kerne
     assert configs.shipped("Apple M9") == {}
 
 
+def test_what_is_in_force_is_counted(monkeypatch):
+    keep(1, 128)
+    keep(16, kernel="of other code")
+    keep(32, triton="0.1")
+    ship(monkeypatch, 64)
+    found = configs.in_force(CARD)
+    assert found["tuned"] == {"file": str(cache.cache_path()), "entries": 4, "counting": 2}
+    assert found["shipped"] == {"entries": 1, "counting": 1}
+    assert configs.in_force("NVIDIA Other")["tuned"]["entries"] == 0
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 
