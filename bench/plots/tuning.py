@@ -113,9 +113,8 @@ def _draw_outcomes(axes: Axes, groups: Sequence[Sequence[Row]], figure: Figure, 
         style = STYLES[number % len(STYLES)]
         label = "\n".join(textwrap.wrap(f"{name} ({widths.sum():,})", 90))
         face = style.colour if not style.hatch else "white"
-        axes.barh(
-            range(len(groups)), widths, 0.7, left, color=face, edgecolor=style.colour, hatch=style.hatch, label=label
-        )
+        (at,) = np.nonzero(widths)  # a bar of nothing would show its edge
+        axes.barh(at, widths[at], 0.7, left[at], color=face, edgecolor=style.colour, hatch=style.hatch, label=label)
         left += widths
     axes.set_xlabel("trials (count)")
     axes.set_xlim(0, 1.03 * left.max())
