@@ -323,7 +323,7 @@ def test_a_broken_shipped_file_is_reported_and_ignored(tmp_path, monkeypatch):
         {"warps": 64},
         {"stages": 33},
         {"block_npq": 2**14, "block_k": 2**14},
-        {"block_npq": 256, "block_k": 256, "stages": 6},
+        {"block_npq": 256, "block_k": 128, "stages": 5},
     ],
     ids=str,
 )

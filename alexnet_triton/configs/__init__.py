@@ -114,7 +114,7 @@ MOST_ELEMENTS = 2**20
 
 
 def check_fits(problem: Problem, config: Config, target: Target) -> None:
-    """Refuse a config whose launch must fail on a card. One that passes may still be too large for the compiler.
+    """Refuse a config whose launch must fail on a card: no candidate of tuning is one.
 
     Raises:
         ValueError: its tiles, or its parts of a sum, are more than a card can take.
@@ -123,9 +123,7 @@ def check_fits(problem: Problem, config: Config, target: Target) -> None:
     height, width, step = _tile(problem, given)
     if height * width > MOST_ELEMENTS:
         raise ValueError(f"a tile of {height:,} x {width:,} elements is more than Triton takes, in {config}")
-    itemsize, stages = problem.dtype.itemsize, given.get("stages", 1)
-    # The compiler may keep the last of the stages in registers, and a loop that is not pipelined all of them.
-    needed = max(0, stages - 1) * (height + width) * step * itemsize
+    needed = given.get("stages", 1) * (height + width) * step * problem.dtype.itemsize
     if needed > target.shared_memory:
         has = f"a program has {target.shared_memory:,}"
         raise ValueError(f"its stages need {needed:,} bytes of shared memory, {has}, in {config}")

@@ -52,7 +52,7 @@ OPS: dict[type[Problem], str] = {
 
 _KERNELS = {
     "conv": ("conv",),
-    "weight_gradient": ("conv",),
+    "weight_gradient": ("weight_gradient",),
     "linear": ("linear", "random"),
     "norm_pool": ("norm_pool",),
 }
@@ -153,7 +153,7 @@ def config_of(entry: Entry, op: type[Problem]) -> Config:
 WORDS: dict[str, tuple[str, ...]] = {"loop": ("gathered", "shifted")}
 """Fields of configs that are no numbers, and what they may be."""
 
-MOST = {"warps": 32, "stages": 32}
+MOST = {"warps": 32, "stages": 32, "strip": 64}
 """What fields may be at most: a program has 1,024 threads."""
 
 
