@@ -254,6 +254,41 @@ def test_a_dry_run_needs_no_gpu_compiles_prunes_and_exports(tmp_path, capfd):
     assert all(math.isfinite(cache.config_of(one, LinearProblem).splits) for one in batches.values())
 
 
+class Asked:
+    """Stands for the workers: keeps what they are asked to compile, and says that it waits for so many instructions."""
+
+    def __init__(self, *what):
+        self.asked = []
+
+    def submit(self, function, variant, dtype, target, number, tried):
+        self.asked.append((number, tried))
+        return [Figures(None, batch / 1000) for batch, _ in tried]
+
+    def result(self, task, timeout):
+        return task
+
+
+@pytest.mark.parametrize("source", ["measured", "modelled"])
+def test_every_survivor_is_compiled_for_its_batch_or_where_none_is_timed_for_the_largest(source, monkeypatch):
+    monkeypatch.setattr(autotune, "Workers", Asked)
+    tuner = autotune.Tuner(H100, torch.bfloat16, source)
+    jobs = [job for layer in ("pool1", "fc8") for job in tuner.jobs("paper", (1, 128), layer, "forward")]
+    assert [(job.work.layer, job.batch) for job in jobs] == [("pool1", 1), ("pool1", 128), ("fc8", 1), ("fc8", 128)]
+    for pair in (jobs[:2], jobs[2:]):
+        wanted = {(job.batch, trial.config) for job in pair for trial in job.trials if trial.objection is None}
+        if source == "modelled":
+            wanted = {(max(b for b, c in wanted if c == config), config) for _, config in wanted}
+        asked = [one for number, tried in tuner._workers.asked if number == pair[0].number for one in tried]
+        assert sorted(asked, key=str) == sorted(wanted, key=str)
+        for job in pair:
+            figures = tuner._figures(job, float("inf"))
+            assert set(figures) == {trial.config for trial in job.trials if trial.objection is None}
+            shares = {(round(1000 * one.issue_share), config) for config, one in figures.items()}
+            assert shares <= wanted
+            assert source == "modelled" or {batch for batch, _ in shares} == {job.batch}
+    assert tuner.jobs("paper", (1, 128), "fc8", "forward") == []  # met before
+
+
 class OneTuner:
     """Stands for the real one: it has three problems, and is interrupted at the second."""
 

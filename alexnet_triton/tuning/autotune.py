@@ -171,8 +171,8 @@ class Job:
     """Without tensors."""
     trials: list[Trial]
     """Before compiling."""
-    tasks: list[tuple[Task, list[tuple[int, Config]]]]
-    """What workers compile for it, with the batches and configs of each."""
+    tasks: list[tuple[Task, dict[Config, int]]]
+    """What workers compile for it, and where in each answer a config's figures are."""
 
     @property
     def name(self) -> str:
@@ -226,20 +226,30 @@ class Tuner:
         return found
 
     def _compile(self, variant: str, jobs: Sequence[Job]) -> None:
-        """Have the candidates of one place in all batches compiled: much of it comes to the same code."""
+        """Have the candidates of one place in all batches compiled.
+
+        Where they are timed, in all, so that no launch waits for a compiler. Where they are not, a config's code for
+        the largest batch speaks for the others: they differ in numbers, which the compiler may know where they are 1.
+        """
         batches: dict[Config, list[int]] = {}
         for job in jobs:
             for trial in job.trials:
                 if trial.objection is None:
                     batches.setdefault(trial.config, []).append(job.batch)
-        tried = [[(batch, config) for batch in wanted] for config, wanted in batches.items()]
         # A compiler takes seconds for one of the unrolled kernels, but less than a disassembler starts for others.
         alone = isinstance(jobs[0].work.problem, NormPoolProblem)
-        for group in tried if alone else [[one for several in tried for one in several]]:
-            task = self._workers.submit(compile_candidates, variant, self._dtype, self._target, jobs[0].number, group)
+        for together in [[config] for config in batches] if alone else [list(batches)]:
+            made = {
+                (config, batch): (batch if self._source == "measured" else max(batches[config]), config)
+                for config in together
+                for batch in batches[config]
+            }
+            tried = list(dict.fromkeys(made.values()))
+            task = self._workers.submit(compile_candidates, variant, self._dtype, self._target, jobs[0].number, tried)
             for job in jobs:
-                if any(batch == job.batch for batch, _ in group):
-                    job.tasks.append((task, group))
+                places = {config: tried.index(one) for (config, batch), one in made.items() if batch == job.batch}
+                if places:
+                    job.tasks.append((task, places))
 
     def tune(self, job: Job, seconds: float = float("inf")) -> Tuned | None:
         """Choose a problem's config; None where the compiler is not ready within `seconds`."""
@@ -261,13 +271,14 @@ class Tuner:
     def _figures(self, job: Job, seconds: float) -> dict[Config, Figures]:
         end = time.monotonic() + seconds
         found: dict[Config, Figures] = {}
-        for task, group in job.tasks:
+        for task, places in job.tasks:
             left = end - time.monotonic()
             try:
                 made = self._workers.result(task, None if left == float("inf") else max(0.0, left))
             except WorkerDied as error:
-                made = [Figures(Objection("the compiler dies of it", str(error)), None)] * len(group)
-            found |= {config: one for (batch, config), one in zip(group, made, strict=True) if batch == job.batch}
+                died = Figures(Objection("the compiler dies of it", str(error)), None)
+                made = dict.fromkeys(places.values(), died)
+            found |= {config: made[place] for config, place in places.items()}
         return found
 
     def _work(self, job: Job) -> Work:

@@ -103,7 +103,7 @@ def compile_candidates(
 ) -> list[Figures]:
     """Compile configs for one piece of `works`, each for its batch; runs in a worker.
 
-    What comes to the same code in two batches, as most does, is compiled and read once.
+    What comes to the same code in two batches is compiled and read once.
     """
     from alexnet_triton.tuning.compiler import compile_launches
 
