@@ -41,7 +41,10 @@ def test_every_layer_and_direction_has_its_work(variant):
     assert sorted(places) == sorted({(name, d) for name in LAYERS for d in DIRECTIONS} - set(pools))
     for work in found:
         assert work.problem.images == 2
-        assert trials.main_launch(work, work.problem.default(H100), H100).programs > 0, work.place
+        made = trials.main_launch(work, work.problem.default(H100), H100)
+        assert made.programs > 0, work.place
+        module = made.kernel.fn.__module__.rpartition(".")[2]
+        assert module in cache._KERNELS[cache.OPS[type(work.problem)]]  # else a changed kernel keeps its configs
 
 
 def test_work_done_again_with_another_config_gives_the_same_answer():
