@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from alexnet_triton.kernels import conv as convolution
-from alexnet_triton.kernels import halo, launch, norm_pool
+from alexnet_triton.kernels import conv, halo, launch, norm_pool, weight_gradient
+from alexnet_triton.kernels.conv_shape import Convolution, convolution
 from alexnet_triton.kernels.halo import Layout
 from alexnet_triton.stages import ConvStage, PoolStage, Size, Stage
 
@@ -36,7 +36,7 @@ class _Conv(NamedTuple):
     stage: ConvStage
     weight: int
     """Number of its filters among the parameters; its bias follows."""
-    shape: convolution.Convolution
+    shape: Convolution
     enters: bool
     """Whether its input must be brought into the layout here."""
     y_layout: Layout
@@ -72,7 +72,7 @@ def plan(x_size: Size, weights: Sequence[Size], stages: Sequence[Stage]) -> tupl
         if isinstance(stage, ConvStage):
             weight = weights[convs]
             out = stage.out_size(size, weight, None)
-            shape = convolution.convolution(tuple(size), tuple(weight), stage.stride, stage.padding, stage.groups)
+            shape = convolution(tuple(size), tuple(weight), stage.stride, stage.padding, stage.groups)
             links.append(_Conv(stage, parameters, shape, True, shape.y_dense, out))
             convs, parameters = convs + 1, parameters + 1 + stage.bias
         else:
@@ -145,8 +145,8 @@ def forward(
                 saved.append(matrix)
             weight = parameters[link.weight]
             bias = parameters[link.weight + 1] if link.stage.bias else None
-            packed = convolution.pack(weight, shape, x.dtype)
-            matrix = convolution.conv2d_relu(matrix, packed, bias, shape, link.stage.relu, link.y_layout)
+            packed = conv.pack(weight, shape, x.dtype)
+            matrix = conv.conv2d_relu(matrix, packed, bias, shape, link.stage.relu, link.y_layout)
         else:
             s = link.stage
             matrix, index = norm_pool.lrn_max_pool(
@@ -242,13 +242,13 @@ def backward(
             source = _view(kept.pop(), links[number - 1].out_size) if _keeps_tensor(links, number) else None
             if not goes_on:
                 break
-            turned = convolution.pack(parameters[link.weight], shape, matrix.dtype, turned=True)
+            turned = conv.pack(parameters[link.weight], shape, matrix.dtype, turned=True)
             if isinstance(before, _Conv) and not link.enters and before.shape.takes_plain_gradients:
                 gate = x_matrix if before.stage.relu else None
-                matrix = convolution.data_gradient(matrix, turned, shape, before.shape.dy_layout, gate)
+                matrix = conv.data_gradient(matrix, turned, shape, before.shape.dy_layout, gate)
                 value = None
             else:
-                value = halo.view(convolution.data_gradient(matrix, turned, shape, shape.dx_dense), shape.dx_dense)
+                value = halo.view(conv.data_gradient(matrix, turned, shape, shape.dx_dense), shape.dx_dense)
                 matrix = None
                 if shape.folds:
                     size = links[number - 1].out_size if number else x.shape
@@ -291,7 +291,7 @@ def _parameter_gradients(
     if not (needs[at + 1] or wants_bias):
         return
     bias = parameters[at + 1] if wants_bias else None
-    dw, db = convolution.weight_gradient(dy, x, link.shape, parameters[at], bias)
+    dw, db = weight_gradient.weight_gradient(dy, x, link.shape, parameters[at], bias)
     found[at + 1] = dw
     if db is not None:
         found[at + 2] = db

@@ -27,7 +27,7 @@ epilogue of a product but for its bytes. It ranks changes. Measured times decide
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +42,7 @@ from alexnet_triton.bench.checks import FULL, layers
 from alexnet_triton.bench.floors import least
 from alexnet_triton.bench.plots.files import OURS, read
 from alexnet_triton.kernels.target import cdiv
+from alexnet_triton.tuning import loops
 from alexnet_triton.tuning.inspect import DIRECTIONS, DTYPES, LAYERS, LayerLaunch, launches, run_compiled
 from alexnet_triton.variants import VARIANTS
 
@@ -162,72 +163,22 @@ def schedule(programs: int, multiprocessors: int) -> Schedule:
 # --- what a launch does -------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
-    """A turn of a product's main loop."""
-
-    rows: int
-    columns: int
-    step: int
-    """Of the reduction."""
-    turns: int
-
-
-def _conv(a: Mapping[str, Any]) -> Tile:
-    return Tile(
-        a["BLOCK_NPQ"], a["BLOCK_K"] + a["EXTRA_K"], a["BLOCK_CRS"], cdiv(a["reduction"], a["BLOCK_CRS"])
-    )  # fmt: skip
-
-
-def _weight_gradient(a: Mapping[str, Any]) -> Tile:
-    return Tile(a["BLOCK_CRS"], a["BLOCK_K"] + a["EXTRA_K"], a["BLOCK_NPQ"], a["steps_a_split"])
-
-
-def _gemm(a: Mapping[str, Any]) -> Tile:
-    return Tile(a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"], cdiv(min(a["share"], a["reduction"]), a["BLOCK_K"]))
-
-
-PRODUCTS: Mapping[str, Callable[[Mapping[str, Any]], Tile]] = {
-    "conv_kernel": _conv, "weight_gradient_kernel": _weight_gradient, "gemm_kernel": _gemm,
-}  # fmt: skip
-"""By kernel, what its arguments say of its main loop."""
-
-LOOPS: Mapping[str, Callable[[Mapping[str, Any]], int]] = {
-    "add_splits_kernel": lambda a: a["splits"],
-    "gate_kernel": lambda a: cdiv(a["rows_padded"], a["BLOCK_M"]),
-    "lrn_max_pool_kernel": lambda a: a["strip_rows"],
-}
-"""The turns of the other kernels that have a loop; the rest load once."""
-
-
 def work_of(made: Launch, compiled: Compiled) -> Work:
     """What the model must know, from a launch's arguments and the compiler's figures."""
     arguments, name = made.arguments, made.kernel.__name__
-    moved = sum(t.numel() * t.itemsize for t in arguments.values() if isinstance(t, torch.Tensor))
-    programs = tiles(made)
-    if name not in PRODUCTS:
-        turns = LOOPS[name](arguments) if name in LOOPS else 1
+    moved, programs = loops.moved(made), loops.tiles(made)
+    if name not in loops.PRODUCTS:
+        turns = loops.LOOPS[name](arguments) if name in loops.LOOPS else 1
         return Work(programs, turns, 0, 0.0, moved / (programs * turns), moved, 1, compiled.resident)
-    tile = PRODUCTS[name](arguments)
-    multiply_adds = tile.rows * tile.columns * tile.step
+    loop = loops.PRODUCTS[name](arguments)
     issue = 0.0
     if compiled.loop is not None:  # whose body may hold several turns
-        held = max(1.0, (compiled.loop.multiply_adds or 0) / multiply_adds)
+        held = max(1.0, (compiled.loop.multiply_adds or 0) / loop.multiply_adds)
         issue = compiled.loop.instructions * compiled.warps / 4 / held
-    asked = (tile.rows + tile.columns) * tile.step * _operand(made).itemsize
+    asked = (loop.rows + loop.columns) * loop.step * made.tensors["a" if "a" in arguments else "x"].itemsize
     return Work(
-        programs, tile.turns, multiply_adds, issue, asked, moved, arguments["num_stages"], compiled.resident
+        programs, loop.turns, loop.multiply_adds, issue, asked, moved, arguments["num_stages"], compiled.resident
     )  # fmt: skip
-
-
-def tiles(made: Launch) -> int:
-    """Programs of a launch, without those that sum a bias beside a weight gradient."""
-    return int(made.arguments.get("products", made.programs))
-
-
-def _operand(made: Launch) -> torch.Tensor:
-    operand = made.arguments["a"] if "a" in made.arguments else made.arguments["x"]
-    assert isinstance(operand, torch.Tensor)
-    return operand
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -299,7 +250,7 @@ def row_of(
         spent[answer.bound] += answer.seconds - LAUNCH
         spent["waves"] += LAUNCH
         details.append({"kernel": one.kernel, **work._asdict(), **asdict(answer)})
-    programs, waves, idle, _ = schedule(tiles(main), card.target.multiprocessors)
+    programs, waves, idle, _ = schedule(loops.tiles(main), card.target.multiprocessors)
     return {
         "flop": flop, "bytes": moved,
         "floor": max(flop / (card.tflops[dtype] * 1e12), moved / (card.copy_gbs * 1e9)),
@@ -408,7 +359,7 @@ def schedules(card: Card, variant: str, dtype: str, batches: Sequence[int]) -> d
     for batch in batches:
         made = by_place(launches(variant, getattr(torch, dtype), batch, card.target))
         for place, group in made.items():
-            one = schedule(tiles(main_launch(group).launch), card.target.multiprocessors)
+            one = schedule(loops.tiles(main_launch(group).launch), card.target.multiprocessors)
             found.setdefault(place, []).append(one)
     return found
 

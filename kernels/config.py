@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from alexnet_triton.kernels.schedule import Product, Tile, cycles, split
 from alexnet_triton.kernels.target import Target, cdiv, power_of_two
 
 ROWS_MULTIPLE = 64
@@ -60,6 +61,16 @@ class ConvConfig:
     """A step sums over so many columns of the filter matrix."""
     warps: int
     stages: int
+    splits: int = 1
+    """Parts into which the sum over the filter matrix's columns is divided."""
+    loop: str = "gathered"
+    """`"gathered"`: each output pixel's row is fetched through a pointer of its own. `"shifted"`: rows that follow one
+    another, the border's too, are fetched as tiles, on Hopper by its copy engine; `block_crs` must divide a run."""
+
+    @property
+    def tile(self) -> Tile:
+        """Of a program."""
+        return Tile(self.block_npq, self.block_k + self.extra_k, self.block_crs, self.splits)
 
 
 @dataclass(frozen=True)
@@ -78,48 +89,56 @@ class WeightGradientConfig:
     warps: int
     stages: int
 
+    @property
+    def tile(self) -> Tile:
+        """Of a program."""
+        return Tile(self.block_crs, self.block_k + self.extra_k, self.block_npq, self.splits)
+
 
 @functools.lru_cache(1024)
-def conv_config(target: Target, dtype: torch.dtype, pixels: int, filters: int, groups: int) -> ConvConfig:
-    """A config for a product of `pixels` by `filters` a group."""
+def conv_config(target: Target, dtype: torch.dtype, product: Product) -> ConvConfig:
+    """A config for a product of pixels by filters, a sum over the columns of the filter matrix."""
     if target.backend == "cpu":
-        block_k = max(64, min(1024, power_of_two(filters)))
-        return ConvConfig(_rows(pixels, block_k), block_k, 0, 64, 4, 1)
+        block_k = max(64, min(1024, power_of_two(product.columns)))
+        return ConvConfig(_rows(product.rows, block_k), block_k, 0, 64, 4, 1)
     full = dtype == torch.float32
-    block_k, extra_k = _width(target, filters, 64 if full else 128)
     block_crs = 32 if full else 64
-    block_npq = 64 if full or pixels <= 4096 else 128
-    # A small batch has few tiles: narrower ones keep more of the card busy.
-    while block_k > 32 and 2 * _tiles(pixels, block_npq, filters, block_k + extra_k, groups) <= target.multiprocessors:
-        block_k, extra_k = block_k // 2, 0
+    widest = _width(target, product.columns, 64 if full else 128)
+    widths = [widest, *((block, 0) for block in (128, 64, 32) if block <= widest[0] and block < sum(widest))]
+    heights = [64] if full else [64, 128]
+    if not full and _products_read_shared_memory(target):
+        heights.append(256)  # for narrow tiles alone, which ask L2 for more than it gives
+    sizes = [(height, width) for height in heights for width in widths if height < 256 or sum(width) <= 96]
+    block_npq, (block_k, extra_k), splits = _cheapest(product, sizes, block_crs, target)
     # Where shared memory holds one program alone, all warps must be its own; and at four 128x64 spills on sm_120.
     alone = target.backend == "cuda" and target.shared_memory < 128 << 10
-    # Float32 operands in registers let four warps spill, at any tile.
-    crowded = full and target.backend == "cuda" and not _products_read_shared_memory(target)
+    # Operands in registers let four warps spill: of float32 at any tile, of halves at 64x64, where ptxas keeps to 128
+    # registers so that four programs fit.
+    in_registers = target.backend == "cuda" and not _products_read_shared_memory(target)
+    crowded = in_registers and (full or (block_npq, block_k, extra_k) == (64, 64, 0))
     warps = 8 if crowded or block_npq * (block_k + extra_k) >= 128 * (64 if alone else 128) else 4
     stages = _stages(target, dtype, (block_npq + block_k + extra_k) * block_crs)
-    return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages)
+    return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages, splits)
 
 
 @functools.lru_cache(1024)
-def weight_gradient_config(
-    target: Target, dtype: torch.dtype, filters: int, reduction: int, groups: int, steps: int
-) -> WeightGradientConfig:
-    """A config for a product of `reduction` columns by `filters` a group, over `steps` times 64 rows."""
+def weight_gradient_config(target: Target, dtype: torch.dtype, product: Product) -> WeightGradientConfig:
+    """A config for a product of the filter matrix's columns by filters, a sum over pixels."""
     if target.backend == "cpu":
-        block_k = max(16, min(1024, power_of_two(filters)))
-        return WeightGradientConfig(_rows(reduction, block_k), block_k, 0, 64, 1, 4, 1)
+        block_k = max(16, min(1024, power_of_two(product.columns)))
+        return WeightGradientConfig(_rows(product.rows, block_k), block_k, 0, 64, 1, 4, 1)
     full = dtype == torch.float32
     reads_shared = target.backend == "hip" or _products_read_shared_memory(target)
     # Where operands are turned in registers, a narrow tile turns more for each product, and 128x64 spills.
-    block_k, extra_k = _width(target, filters, 64 if full else 128, prefers_extra=not (full or reads_shared))
-    block_crs = 64 if full else 128
+    width = _width(target, product.columns, 64 if full else 128, prefers_extra=not (full or reads_shared))
+    sizes = [(64 if full else 128, width)]
+    if not full and reads_shared:
+        sizes += [(64, narrower) for narrower in (width, (64, 0)) if narrower[0] <= width[0]]
+        if _products_read_shared_memory(target) and sum(width) <= 96:
+            sizes.append((256, width))
     # In float32 four warps on NVIDIA's side spill at 32 rows; on AMD's, twice as many threads need them for wide loads.
     block_npq = 64 if not full else 16 if target.backend == "cuda" else 32
-    tiles = _tiles(reduction, block_crs, filters, block_k + extra_k, groups)
-    splits = max(1, min(2 * target.multiprocessors // tiles, steps // 4))
-    if reads_shared and block_crs == 128 and 2 * tiles * splits <= target.multiprocessors:  # as above
-        block_crs = 64
+    block_crs, (block_k, extra_k), splits = _cheapest(product, sizes, block_npq, target)
     # A turned operand that goes through registers lets four warps spill.
     warps = 4 if reads_shared and block_crs * (block_k + extra_k) < 128 * 128 else 8
     stages = min(4 if reads_shared else 3, _stages(target, dtype, block_npq * (block_crs + block_k + extra_k)))
@@ -130,9 +149,18 @@ LARGEST_TILE = 1 << 20
 """Elements that Triton allows a tile."""
 
 
-def _tiles(rows: int, block_rows: int, columns: int, block_columns: int, groups: int) -> int:
-    """Tiles of a product of `rows` by `columns` a group."""
-    return cdiv(rows, block_rows) * cdiv(columns, block_columns) * groups
+Size = tuple[int, tuple[int, int]]
+"""Of a tile: its rows, and its columns as a block and an extra block."""
+
+
+def _cheapest(product: Product, sizes: list[Size], step: int, target: Target) -> tuple[int, tuple[int, int], int]:
+    """Of tiles of these sizes the one that costs least, the first of equals, and the splits that are best for it."""
+
+    def divided(size: Size) -> Tile:
+        return split(product, Tile(size[0], sum(size[1]), step), target)
+
+    rows, width = min(sizes, key=lambda size: cycles(product, divided(size), target))
+    return rows, width, divided((rows, width)).splits
 
 
 def _rows(rows: int, columns: int) -> int:
@@ -185,6 +213,11 @@ class LinearConfig:
     warps: int
     stages: int
 
+    @property
+    def tile(self) -> Tile:
+        """Of a program."""
+        return Tile(self.block_m, self.block_n, self.block_k, self.splits)
+
 
 @dataclass(frozen=True)
 class StripConfig:
@@ -196,45 +229,44 @@ class StripConfig:
 
 
 @functools.lru_cache(1024)
-def linear_config(
-    target: Target, dtype: torch.dtype, exact: bool, rows: int, columns: int, reduction: int, wide: bool = True
-) -> LinearConfig:
-    """A config for a product of `rows` by `columns`.
+def linear_config(target: Target, dtype: torch.dtype, exact: bool, product: Product, wide: bool = True) -> LinearConfig:
+    """A config for a matrix product.
 
     `exact` says that float32 is not rounded to TF32; `wide` is False where the epilogue needs many registers.
     """
+    rows, columns, reduction = product[:3]
     if target.backend == "cpu":
         block_m = max(16, min(1024, power_of_two(rows)))
         block_k = max(16, min(1024, power_of_two(reduction)))
         block_n = max(16, min(LARGEST_TILE // max(block_m, block_k), power_of_two(columns)))
         return LinearConfig(block_m, block_n, block_k, 1, 4, 1)
+    half = dtype.itemsize == 2
+    hopper = target.arch == 90 and not exact  # its tensor cores read shared memory, not registers
     if rows <= 32:  # reading the weights is all: narrow tiles, so that enough programs read, and long steps
-        block_m, block_n, block_k = max(16, power_of_two(rows)), 32, 128
+        sizes = [(max(16, power_of_two(rows)), 32, 128)]
     elif rows <= 64:
-        block_m, block_n, block_k = 64, 64, 128
+        sizes = [(64, 64, 128)]
     else:
-        block_m, block_n, block_k = 128, 128, 64
+        sizes = [(128, 128, 64)]
+        if half and rows <= 256:  # where weights are few, tiles that need less splitting
+            sizes.append((128, 64, 64))
+        if half and hopper and wide and rows > 256 and reduction >= 512:  # arithmetic limits, and these ask L2 for less
+            sizes.insert(0, (128, 256, 64))
     if exact:  # no tensor cores on NVIDIA's side: what a thread can hold is what limits
-        block_m, block_n = min(block_m, 64), min(block_n, 64)
-        block_k = min(128, (1 << 16) // (block_m * block_n))
-    elif dtype == torch.float32:
-        block_k //= 2
-    block_k = min(block_k, max(16, power_of_two(reduction)))
-    hopper = target.arch == 90 and block_m >= 64 and not exact  # its tensor cores read shared memory, not registers
-    if hopper and wide and dtype.itemsize == 2 and rows > 256 and reduction >= 512:
-        # Arithmetic limits, and a wide tile asks L2 for three quarters of the bytes; if there are tiles enough.
-        block_n = 256 if cdiv(rows, 128) * cdiv(columns, 256) >= 0.9 * target.multiprocessors else block_n
+        block_m, block_n = min(sizes[0][0], 64), min(sizes[0][1], 64)
+        sizes = [(block_m, block_n, min(128, (1 << 16) // (block_m * block_n)))]
+    tiles = []
+    for block_m, block_n, block_k in sizes:
+        step = block_k // 2 if dtype == torch.float32 and not exact else block_k
+        step = min(step, max(16, power_of_two(reduction)))
+        tiles.append(split(product, Tile(block_m, block_n, step), target))
+    block_m, block_n, block_k, splits = min(tiles, key=lambda tile: cycles(product, tile, target))
     # AMD's warps have twice the threads: eight of them would load such short steps in 8 bytes each.
     warps = 8 if (exact and target.backend == "cuda") or block_m * block_n >= 128 * 128 else 4
     # Where registers allow it, two programs to a multiprocessor: one's epilogue hides behind the other's loads.
-    share = 1 if block_n == 256 or (block_m * block_n >= 128 * 128 and target.backend == "cuda" and not hopper) else 2
-    half = target._replace(shared_memory=target.shared_memory // share)
-    stages = max(2, _stages(half, dtype, (block_m + block_n) * block_k))
-    tiles = cdiv(rows, block_m) * cdiv(columns, block_n)
-    # Every multiprocessor reads weights, and no program waits for a second round. A split of fewer than eight steps
-    # would write more partial sums than it reads weights.
-    most = min(share * target.multiprocessors // tiles, cdiv(reduction, block_k) // 8)
-    splits = max(1, min(round(target.multiprocessors / tiles), most))
+    alone = block_n == 256 or (block_m * block_n >= 128 * 128 and target.backend == "cuda" and not hopper)
+    shared = target._replace(shared_memory=target.shared_memory // (1 if alone else 2))
+    stages = max(2, _stages(shared, dtype, (block_m + block_n) * block_k))
     return LinearConfig(block_m, block_n, block_k, splits, warps, stages)
 
 
@@ -305,9 +337,22 @@ class ConvProblem(NamedTuple):
     exact: bool
     """Whether float32 is not rounded to TF32."""
 
+    @property
+    def product(self) -> Product:
+        """Pixels by filters."""
+        pixels, columns = self.images * self.out_h * self.out_w, self.taps_h * self.taps_w * self.depth
+        elements = (pixels * (self.depth + self.filters) + columns * self.filters) * self.groups
+        itemsize = self.dtype.itemsize
+        return Product(pixels, self.filters, columns, itemsize, self.groups, elements * itemsize)
+
+    @property
+    def run(self) -> int:
+        """Columns that lie side by side: a tap's, or with one group a row of taps'."""
+        return self.depth * (self.taps_w if self.groups == 1 else 1)
+
     def default(self, target: Target) -> ConvConfig:
         """The rule's config."""
-        return conv_config(target, self.dtype, self.images * self.out_h * self.out_w, self.filters, self.groups)
+        return conv_config(target, self.dtype, self.product)
 
 
 class WeightGradientProblem(NamedTuple):
@@ -326,11 +371,17 @@ class WeightGradientProblem(NamedTuple):
     dtype: torch.dtype
     exact: bool
 
+    @property
+    def product(self) -> Product:
+        """The filter matrix's columns by filters."""
+        columns, pixels = self.taps_h * self.taps_w * self.depth, self.images * self.pitch_h * self.pitch_w
+        elements = (pixels * (self.depth + self.filters) + columns * self.filters) * self.groups
+        itemsize = self.dtype.itemsize
+        return Product(columns, self.filters, pixels, itemsize, self.groups, elements * itemsize, always_adds=True)
+
     def default(self, target: Target) -> WeightGradientConfig:
         """The rule's config."""
-        reduction = self.taps_h * self.taps_w * self.depth
-        steps = cdiv(self.images * self.pitch_h * self.pitch_w, ROWS_MULTIPLE)
-        return weight_gradient_config(target, self.dtype, self.filters, reduction, self.groups, steps)
+        return weight_gradient_config(target, self.dtype, self.product)
 
 
 class LinearProblem(NamedTuple):
@@ -346,12 +397,20 @@ class LinearProblem(NamedTuple):
     dtype: torch.dtype
     exact: bool
 
+    @property
+    def product(self) -> Product:
+        """The direction's."""
+        n, o, i = self.images, self.outputs, self.features
+        sizes = {"forward": (n, o, i), "data gradient": (n, i, o), "weight gradient": (o, i, n)}
+        rows, columns, reduction = sizes[self.direction]
+        elements = rows * reduction + reduction * columns + rows * columns
+        itemsize = self.dtype.itemsize
+        return Product(rows, columns, reduction, itemsize, 1, elements * itemsize, streams=rows <= 256)
+
     def default(self, target: Target) -> LinearConfig:
         """The rule's config."""
-        n, o, i = self.images, self.outputs, self.features
-        sizes = {"forward": (n, o, i), "data gradient": (n, i, o), "weight gradient": (o, i, n)}[self.direction]
         # In a tile of 128 x 256, drawing the mask spills registers.
-        return linear_config(target, self.dtype, self.exact, *sizes, wide=not self.dropout)
+        return linear_config(target, self.dtype, self.exact, self.product, wide=not self.dropout)
 
 
 class NormPoolProblem(NamedTuple):

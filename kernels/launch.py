@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from alexnet_triton.kernels.target import INTERPRETER, TARGETS, Target, cdiv, power_of_two
 
@@ -30,6 +31,14 @@ class Launch(NamedTuple):
     kernel: Any
     programs: int
     arguments: dict[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among the arguments by name, those behind descriptors too."""
+        found = {
+            name: value.base if isinstance(value, TensorDescriptor) else value for name, value in self.arguments.items()
+        }
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from alexnet_triton.kernels import schedule
 from alexnet_triton.kernels.config import (
     CONFIGS,
     ConvConfig,
@@ -48,10 +49,37 @@ def test_waste_is_what_falls_outside_the_answer():
     assert candidates.waste(PROBLEMS[3], LinearConfig(256, 128, 64, 1, 8, 3)) == 0.5
 
 
-def test_programs_are_counted_with_groups_and_splits():
-    assert candidates.tile(CONV, ConvConfig(128, 128, 64, 64, 4, 3))[-1] == 169 * 2
-    assert candidates.tile(PROBLEMS[2], WeightGradientConfig(128, 128, 0, 64, 5, 4, 3))[-1] == 18 * 3 * 5
-    assert candidates.tile(PROBLEMS[3], LinearConfig(128, 128, 64, 4, 8, 3))[-1] == 32 * 4
+@pytest.mark.parametrize(
+    ("problem", "config", "expected"),
+    [
+        (CONV, ConvConfig(128, 128, 64, 64, 4, 3), 169 * 2),
+        (CONV, ConvConfig(128, 128, 64, 64, 4, 3, splits=9), 169 * 2 * 9),
+        (CONV, ConvConfig(128, 128, 64, 64, 4, 3, splits=8), 169 * 2 * 7),  # of 27 steps, four a part
+        (PROBLEMS[2], WeightGradientConfig(128, 128, 0, 64, 5, 4, 3), 18 * 3 * 5),
+        (PROBLEMS[3], LinearConfig(128, 128, 64, 4, 8, 3), 32 * 4),
+    ],
+    ids=str,
+)
+def test_programs_are_counted_with_groups_and_with_the_parts_that_are_not_empty(problem, config, expected):
+    assert schedule.programs(problem.product, config.tile) == expected
+
+
+def test_the_shifted_loop_makes_the_borders_rows_too():
+    gathered, shifted = (ConvConfig(128, 128, 64, 64, 8, 3, loop=loop) for loop in ("gathered", "shifted"))
+    assert candidates.waste(CONV, shifted) == pytest.approx(1 - 13 * 13 / 14**2, abs=0.01)
+    assert candidates.waste(CONV, gathered) == 0
+    many = CONV._replace(images=1024)
+    assert candidates.cycles(many, shifted, H100) > 1.1 * candidates.cycles(many, gathered, H100)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_rules_splits_are_the_models_best(target):
+    target = TARGETS[target]
+    for problem in PROBLEMS[:-1]:
+        tile, product = problem.default(target).tile, problem.product
+        assert schedule.split(product, tile, target).splits == tile.splits
+        undivided = schedule.cycles(product, tile._replace(splits=1), target)
+        assert schedule.cycles(product, tile, target) <= undivided
 
 
 def test_cycles_count_waves_and_what_wide_tiles_save():

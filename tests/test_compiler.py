@@ -185,6 +185,7 @@ def commands():
         "refused": gemm(maxnreg=64),
     }
     fma_kernel.__name__ = "gemm_kernel"  # a product by its name
+    inspect.loops.PRODUCTS = {"gemm_kernel": lambda arguments: inspect.loops.MainLoop(128, 128, 64, 64)}
     results = {}
     for name, launch in launches.items():
         made = [inspect.LayerLaunch("fc6", "forward", launch)]

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from kernel_cases import DTYPES, limit, rms_error
 
 from alexnet_triton.kernels import config, conv, halo
+from alexnet_triton.kernels.conv_shape import convolution
+from alexnet_triton.kernels.weight_gradient import weight_gradient
 from alexnet_triton.variants import VARIANTS
 
 
@@ -22,7 +24,7 @@ def draw(x_size, w_size, stride, padding, groups, dtype):
     x = torch.randn(x_size).to(dtype)
     weight = (torch.randn(w_size) / (w_size[1] * w_size[2] * w_size[3]) ** 0.5).to(dtype)
     bias = torch.randn(w_size[0]).to(dtype)
-    shape = conv.convolution(x_size, w_size, stride, padding, groups)
+    shape = convolution(x_size, w_size, stride, padding, groups)
     grad = torch.randn(x_size[0], w_size[0], *shape.out_size).to(dtype)
     return x, weight, bias, grad, shape
 
@@ -36,7 +38,7 @@ def by_kernels(x, weight, bias, grad, shape, relu, conv_config=None, weight_conf
     dx = halo.view(conv.data_gradient(dy, turned, shape, shape.dx_dense, None, conv_config), shape.dx_dense)
     if shape.folds:
         dx = halo.leave(dx, torch.full_like(x, float("nan")), shape.fold)
-    dw, db = conv.weight_gradient(dy, matrix, shape, weight, bias, weight_config)
+    dw, db = weight_gradient(dy, matrix, shape, weight, bias, weight_config)
     return y, dx, dw, db
 
 
@@ -75,6 +77,9 @@ def drawn(seed):
 SMALL = [
     {"conv_config": config.ConvConfig(16, 16, 0, 16, 4, 1)},
     {"conv_config": config.ConvConfig(16, 32, 16, 64, 4, 1)},
+    {"conv_config": config.ConvConfig(16, 16, 0, 16, 4, 1, loop="shifted")},
+    {"conv_config": config.ConvConfig(32, 16, 16, 16, 4, 1, splits=3, loop="shifted")},
+    {"conv_config": config.ConvConfig(16, 32, 0, 32, 4, 1, splits=2)},
     {"weight_config": config.WeightGradientConfig(16, 16, 16, 16, 3, 4, 1)},
     {"weight_config": config.WeightGradientConfig(64, 32, 0, 64, 2, 4, 1)},
 ]
@@ -91,7 +96,7 @@ def test_drawn_convolutions(seed):
 def test_a_first_row_of_an_image_sees_nothing_of_the_image_before():
     x = torch.zeros(2, 16, 4, 4)
     x[0, :, 3] = float("inf")
-    shape = conv.convolution((2, 16, 4, 4), (16, 16, 3, 3), (1, 1), (1, 1), 1)
+    shape = convolution((2, 16, 4, 4), (16, 16, 3, 3), (1, 1), (1, 1), 1)
     packed = conv.pack(torch.ones(16, 16, 3, 3), shape, x.dtype)
     y = conv.conv2d_relu(halo.enter(x, shape.x_layout, shape.fold), packed, None, shape, False, shape.y_dense)
     assert halo.view(y, shape.y_dense)[1].abs().max() == 0
@@ -106,24 +111,27 @@ def test_nan_reaches_the_pixels_that_see_it_and_no_others(stride):
     x = torch.randn(1, 17, 9, 8)
     x[0, -1, 2, 3] = float("nan")
     weight = torch.randn(5, 17, 3, 3)
-    shape = conv.convolution(x.shape, weight.shape, (stride, stride), (1, 1), 1)
+    shape = convolution(x.shape, weight.shape, (stride, stride), (1, 1), 1)
     packed = conv.pack(weight, shape, x.dtype)
     y = conv.conv2d_relu(halo.enter(x, shape.x_layout, shape.fold), packed, None, shape, True, shape.y_dense)
     got, expected = halo.view(y, shape.y_dense).isnan(), F.conv2d(x, weight, None, stride, 1).isnan()
     assert (got == expected).all() if stride == 1 else (got >= expected).all()
 
 
+@pytest.mark.parametrize("loop", ["gathered", "shifted"])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("same_rows", [True, False])
-def test_a_map_is_handed_on_with_its_border(same_rows):
+def test_a_map_is_handed_on_with_its_border(same_rows, splits, loop):
     """In the layout of the next convolution, with its rows or with others."""
+    blocks = config.ConvConfig(32, 16, 0, 16, 4, 1, splits, loop)
     x, weight, bias, _, shape = draw((2, 5, 6, 7), (16, 5, 3, 3), (1, 1), (1, 1), 1, torch.float32)
     if same_rows:
-        following = conv.convolution((2, 16, 6, 7), (8, 16, 3, 3), (1, 1), (1, 1), 1)
+        following = convolution((2, 16, 6, 7), (8, 16, 3, 3), (1, 1), (1, 1), 1)
     else:
-        following = conv.convolution((2, 16, 6, 7), (8, 16, 5, 1), (1, 1), (3, 0), 1)
+        following = convolution((2, 16, 6, 7), (8, 16, 5, 1), (1, 1), (3, 0), 1)
     layout = following.x_layout
     matrix = halo.enter(x, shape.x_layout, shape.fold)
-    y = conv.conv2d_relu(matrix, conv.pack(weight, shape, x.dtype), bias, shape, True, layout)
+    y = conv.conv2d_relu(matrix, conv.pack(weight, shape, x.dtype), bias, shape, True, layout, blocks)
     expected = F.conv2d(x, weight, bias, padding=1).relu()
     assert rms_error(halo.view(y, layout), expected) < 1e-6
     border = y.clone()
@@ -134,12 +142,45 @@ def test_a_map_is_handed_on_with_its_border(same_rows):
     dy = torch.randn(2, 8, *following.out_size)
     turned = conv.pack(torch.randn(8, 16, *following.window), following, x.dtype, turned=True)
     entered = halo.enter(dy, following.dy_layout, following.dy_fold)
-    masked = conv.data_gradient(entered, turned, following, shape.dy_layout, y)
-    plain = halo.view(conv.data_gradient(entered, turned, following, following.dx_dense), following.dx_dense)
+    masked = conv.data_gradient(entered, turned, following, shape.dy_layout, y, blocks)
+    dense = following.dx_dense
+    plain = halo.view(conv.data_gradient(entered, turned, following, dense, None, blocks), dense)
     assert torch.equal(halo.view(masked, shape.dy_layout), torch.where(expected > 0, plain, 0))
     border = masked.clone()
     halo.view(border, shape.dy_layout).zero_()
     assert border.abs().max() == 0
+
+
+def test_filters_that_lie_as_they_are_read_are_not_copied():
+    """So that channels-last filters of a stride-1 convolution are packed once and for all, whoever writes them."""
+    x, weight, bias, grad, shape = draw((2, 32, 6, 5), (16, 16, 3, 3), (1, 1), (1, 1), 2, torch.float16)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    packed = conv.pack(last, shape, torch.float16)
+    assert packed.data_ptr() == last.data_ptr()
+    assert torch.equal(packed, conv.pack(weight, shape, torch.float16))
+    answers = [by_kernels(x, filters, bias, grad, shape, True) for filters in (last, weight)]
+    for a, b in zip(*answers, strict=True):
+        assert torch.equal(a, b)
+    others = [
+        (weight, shape, torch.float16, False),
+        (last, shape, torch.float32, False),
+        (last, shape, torch.float16, True),
+        (last, convolution((2, 32, 6, 5), (16, 16, 3, 3), (2, 2), (1, 1), 2), torch.float16, False),
+    ]
+    for filters, folded, dtype, turned in others:
+        assert conv.pack(filters, folded, dtype, turned).data_ptr() != filters.data_ptr()
+    elsewhere = torch.randn(16 * 9 * 16 + 1)[1:].half().as_strided(last.shape, last.stride())
+    misplaced = torch.empty(16 * 9 * 16 + 1, dtype=torch.float16)[1:].as_strided(last.shape, last.stride())
+    misplaced.copy_(elsewhere)  # two bytes past what 16-byte loads take
+    assert conv.pack(misplaced, shape, torch.float16).data_ptr() != misplaced.data_ptr()
+
+
+def test_steps_that_do_not_divide_a_run_are_refused_by_the_shifted_loop():
+    x, weight, bias, _, shape = draw((1, 48, 5, 5), (16, 48, 3, 3), (1, 1), (1, 1), 1, torch.float32)
+    matrix, packed = halo.enter(x, shape.x_layout, shape.fold), conv.pack(weight, shape, x.dtype)
+    blocks = config.ConvConfig(16, 16, 0, 64, 4, 1, loop="shifted")
+    with pytest.raises(ValueError, match="divide 144 columns, got 64"):
+        conv.conv2d_relu(matrix, packed, bias, shape, True, shape.y_dense, blocks)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])

@@ -20,7 +20,7 @@ from alexnet_triton import AlexNet, FusedSequential, cli, ops
 from alexnet_triton.bench import checks, gpu, launches, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
 from alexnet_triton.bench.plans import Plan
-from alexnet_triton.kernels import conv, launch, linear, norm_pool, random
+from alexnet_triton.kernels import conv, launch, linear, norm_pool, random, weight_gradient
 from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.variants import VARIANTS
 
@@ -157,8 +157,8 @@ def scaled(module, name, by=1.01, of=lambda answer: answer):
 WRONG = [
     ("convolution in groups", scaled(conv, "conv2d_relu"), {"forward"}),
     ("convolution in groups", scaled(conv, "data_gradient"), {"data gradient"}),
-    ("convolution in groups", scaled(conv, "weight_gradient", of=lambda a: a[0]), {"weight gradient"}),
-    ("convolution in groups", scaled(conv, "weight_gradient", of=lambda a: a[1]), {"bias gradient"}),
+    ("convolution in groups", scaled(weight_gradient, "weight_gradient", of=lambda a: a[0]), {"weight gradient"}),
+    ("convolution in groups", scaled(weight_gradient, "weight_gradient", of=lambda a: a[1]), {"bias gradient"}),
     ("normalised pool", scaled(norm_pool, "lrn_max_pool", of=lambda a: a[0]), {"forward"}),
     ("normalised pool", scaled(norm_pool, "lrn_max_pool", 0, lambda a: a[1]), {"place"}),
     ("normalised pool", scaled(norm_pool, "lrn_max_pool_backward"), {"gradient"}),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -107,8 +108,8 @@ GOOD = Compiled(
 )  # fmt: skip
 
 
-def broken(compiled, kind="product", target="sm_90", dtype=HALF, allowed=None):
-    return inspect.broken_budgets(compiled, kind, TARGETS[target], dtype, allowed)
+def broken(compiled, kind="product", target="sm_90", dtype=HALF, allowed=None, slack=1.0):
+    return inspect.broken_budgets(compiled, kind, TARGETS[target], dtype, allowed, slack)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -170,6 +171,35 @@ def test_an_exception_may_fall_and_not_rise():
     assert broken(of(384), allowed=allowed) == []
     assert broken(of(300), allowed=allowed) == []
     assert broken(of(385), allowed=allowed) == ["has an issue share of 0.75, its exception allows 0.75"]
+
+
+def test_where_data_take_longer_than_products_the_share_is_of_that_time():
+    over = replace(GOOD, loop=replace(LOOP, instructions=384))
+    assert broken(over) == ["has an issue share of 0.75, expected under 0.5"]
+    assert broken(over, slack=1.4) == ["has an issue share of 0.75, expected under 0.7"]
+    assert broken(over, slack=1.6) == []
+
+
+def conv_launch(images, filters=128):
+    """A product of 128 x 128 tiles over `images` images of 128 pixels, nine turns each."""
+    x = torch.empty(images * 128, 64, dtype=HALF, device="meta")
+    y = torch.empty(images * 128, filters, dtype=HALF, device="meta")
+    blocks = {"BLOCK_NPQ": 128, "BLOCK_K": 128, "EXTRA_K": 0, "BLOCK_CRS": 64}
+    arguments = {"x": x, "y": y, "share": 576, "reduction": 576, "products": images * filters // 128, **blocks}
+    return SimpleNamespace(
+        kernel=SimpleNamespace(__name__="conv_kernel"), programs=images, arguments=arguments, tensors={"x": x, "y": y}
+    )
+
+
+def test_slack_is_what_the_cache_or_memory_takes_beyond_the_products():
+    h100 = TARGETS["sm_90"]
+    assert inspect.loops.slack(conv_launch(132), GOOD, h100) == 1.0  # 32,768 bytes in 512 cycles: 64 a cycle
+    asks_more = replace(GOOD, loop=replace(LOOP, bytes=49_152))
+    assert inspect.loops.slack(conv_launch(132), asks_more, h100) == 1.5
+    one_turn = conv_launch(132)
+    one_turn.arguments |= {"share": 64, "reduction": 64}
+    moved = 132 * 128 * (64 + 128) * 2
+    assert inspect.loops.slack(one_turn, GOOD, h100) == pytest.approx(moved / (132 * 13) / 512)
 
 
 # --- the table ----------------------------------------------------------------------------------------------

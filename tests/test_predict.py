@@ -19,7 +19,11 @@ from alexnet_triton.bench import predict
 from alexnet_triton.bench.cards import CARDS
 from alexnet_triton.bench.checks import FULL, layers
 from alexnet_triton.bench.predict import LATENCY, LAUNCH, Work, estimate, schedule
+from alexnet_triton.kernels import launch
+from alexnet_triton.kernels.config import ConvConfig
+from alexnet_triton.tuning import loops
 from alexnet_triton.tuning.inspect import LAYERS, launches
+from alexnet_triton.tuning.works import works
 from alexnet_triton.variants import VARIANTS
 
 H100 = CARDS["h100"]
@@ -46,26 +50,37 @@ def network(variant, dtype, batch):
     return found
 
 
-def loops():
+def loops_of_launches():
     """Of every loop of a network: its kernel, turns, columns of a turn, and the length of its sum by hand."""
     lengths = {
-        "conv_kernel": lambda a: a["reduction"],
+        "conv_kernel": lambda a: min(a["share"], a["reduction"]),
+        "shifted_conv_kernel": lambda a: a["reduction"],
         "weight_gradient_kernel": lambda a: a["steps_a_split"] * a["BLOCK_NPQ"],
         "gemm_kernel": lambda a: min(a["share"], a["reduction"]),
         "add_splits_kernel": lambda a: a["splits"],
+        "finish_kernel": lambda a: a["splits"],
         "gate_kernel": lambda a: a["rows_padded"],
         "lrn_max_pool_kernel": lambda a: a["strip_rows"],
     }
     found = []
-    for one in launches("paper", torch.bfloat16, 128, H100.target):
-        name, arguments = one.kernel, one.launch.arguments
-        if name in predict.PRODUCTS:
-            tile = predict.PRODUCTS[name](arguments)
-            found.append([name, tile.turns, tile.step, lengths[name](arguments)])
-        elif name in predict.LOOPS:
+    made = [one.launch for batch in (1, 128) for one in launches("paper", torch.bfloat16, batch, H100.target)]
+    for one in [*made, shifted()]:
+        name, arguments = one.kernel.__name__, one.arguments
+        if name in loops.PRODUCTS:
+            loop = loops.PRODUCTS[name](arguments)
+            found.append([name, loop.turns, loop.step, lengths[name](arguments)])
+        elif name in loops.LOOPS:
             step = arguments["BLOCK_M"] if name == "gate_kernel" else 1
-            found.append([name, predict.LOOPS[name](arguments), step, lengths[name](arguments)])
+            found.append([name, loops.LOOPS[name](arguments), step, lengths[name](arguments)])
     return found
+
+
+def shifted():
+    """The launch of a convolution's other loop."""
+    [work] = [work for work in works("paper", torch.bfloat16, 128, H100.target) if work.place == "conv3 forward"]
+    with launch.recording(H100.target) as made:
+        work.again(ConvConfig(128, 128, 0, 64, 8, 4, loop="shifted"))
+    return made[0]
 
 
 def compiled_works():
@@ -83,7 +98,11 @@ def compiled_works():
 
 
 if __name__ == "__main__":
-    report = {"networks": [network(*which) for which in NETWORKS], "loops": loops(), "compiled": compiled_works()}
+    report = {
+        "networks": [network(*which) for which in NETWORKS],
+        "loops": loops_of_launches(),
+        "compiled": compiled_works(),
+    }
     with redirect_stdout(StringIO()) as out:
         predict.run("h100", "paper", [1], schedules_only=True)
     json.dump({**report, "command": out.getvalue()}, sys.stdout)
@@ -214,7 +233,7 @@ def test_no_estimate_is_below_its_floor_and_no_tile_is_forgotten(which, reported
 
 
 def test_the_turns_of_every_loop_cover_its_sum_and_no_more(reported):
-    assert {name for name, *_ in reported["loops"]} == {*predict.PRODUCTS, *predict.LOOPS}
+    assert {name for name, *_ in reported["loops"]} == {*loops.PRODUCTS, *loops.LOOPS}
     for name, turns, step, length in reported["loops"]:
         assert 0 <= turns * step - length < step, name
 
@@ -224,7 +243,7 @@ def test_compiled_launches_give_the_model_its_figures(reported):
     assert {"conv_kernel", "pack_kernel", "gemm_kernel"} <= {kernel for kernel, *_ in works}
     for kernel, work, loop in works:
         assert work.resident >= 1
-        assert (work.multiply_adds > 0) == (kernel in predict.PRODUCTS)
+        assert (work.multiply_adds > 0) == (kernel in loops.PRODUCTS)
         assert estimate(work, H100, "bfloat16").seconds > LAUNCH
         if kernel == "conv_kernel":
             assert work.issue_cycles > 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
 
+from alexnet_triton.kernels import schedule
 from alexnet_triton.kernels.config import (
     Config,
     ConvConfig,
@@ -22,8 +23,8 @@ from alexnet_triton.kernels.config import (
     WeightGradientConfig,
     WeightGradientProblem,
 )
-from alexnet_triton.kernels.target import Target, cdiv, power_of_two
-from alexnet_triton.tuning.compiler import PRODUCTS_PER_CYCLE
+from alexnet_triton.kernels.schedule import Product, Tile
+from alexnet_triton.kernels.target import Target, power_of_two
 
 MOST_WASTE = 0.25
 """Share of a launch's products that may fall outside the answer, unless every candidate wastes more."""
@@ -40,10 +41,7 @@ LEAST_SUMS = 8
 MOST_CYCLES = 1.25
 """Times the least `cycles` among the candidates that one may need."""
 
-L2_BYTES, MEMORY_BYTES = 64, 13
-"""Bytes a cycle that a multiprocessor draws from the second-level cache, and its share of the memory's: an H100's."""
-
-WIDTHS = ((32, 0), (64, 0), (64, 32), (128, 0), (128, 64), (256, 0))
+WIDTHS = ((32, 0), (32, 16), (64, 0), (64, 32), (128, 0), (128, 64), (256, 0))
 """Block and extra block of filters."""
 
 
@@ -73,34 +71,36 @@ def candidates(problem: Problem, target: Target) -> list[Config]:
 def _conv(problem: ConvProblem, target: Target) -> Iterator[ConvConfig]:
     crs = 32 if problem.dtype.itemsize == 4 else 64
     for npq, (k, extra), warps in product((64, 128, 256), WIDTHS, (4, 8)):
+        splits = _splits(problem.product, Tile(npq, k + extra, crs), target)
         for stages in _stages(target, (npq + k + extra) * crs * problem.dtype.itemsize):
-            yield ConvConfig(npq, k, extra, crs, warps, stages)
+            for parts in splits:
+                yield ConvConfig(npq, k, extra, crs, warps, stages, parts, "gathered")
+            if target.arch == 90 and problem.run % crs == 0:  # whose copy engine it is for
+                yield ConvConfig(npq, k, extra, crs, warps, stages, splits[0], "shifted")
 
 
 def _weight_gradient(problem: WeightGradientProblem, target: Target) -> Iterator[WeightGradientConfig]:
-    default = problem.default(target)
-    columns = problem.taps_h * problem.taps_w * problem.depth
-    npq = default.block_npq
+    npq = problem.default(target).block_npq
     for crs, (k, extra), warps in product((64, 128, 256), WIDTHS, (4, 8)):
-        tiles = cdiv(columns, crs) * cdiv(problem.filters, k + extra) * problem.groups
-        whole = max(1, target.multiprocessors // tiles)
-        for splits in sorted({default.splits, whole, 2 * whole}):
+        for splits in _splits(problem.product, Tile(crs, k + extra, npq), target):
             for stages in _stages(target, (crs + k + extra) * npq * problem.dtype.itemsize):
                 yield WeightGradientConfig(crs, k, extra, npq, splits, warps, stages)
 
 
 def _linear(problem: LinearProblem, target: Target) -> Iterator[LinearConfig]:
-    rows, columns, reduction = sizes(problem)
+    rows, _, reduction = problem.product[:3]
     for m, n, k, warps in product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128), (4, 8)):
         if m > max(16, power_of_two(rows)) or k > max(16, power_of_two(reduction)):
             continue
-        tiles = cdiv(rows, m) * cdiv(columns, n)
-        whole = max(1, target.multiprocessors // tiles)
-        for splits in sorted({1, whole, 2 * whole}):
-            if splits > 1 and cdiv(reduction, k) < 4 * splits:
-                continue
+        for splits in _splits(problem.product, Tile(m, n, k), target):
             for stages in _stages(target, (m + n) * k * problem.dtype.itemsize):
                 yield LinearConfig(m, n, k, splits, warps, stages)
+
+
+def _splits(product: Product, tile: Tile, target: Target) -> list[int]:
+    """The splits that cost least by the model, the next fewer that fill the card as well, and none."""
+    best = schedule.split(product, tile, target).splits
+    return list(dict.fromkeys([best, max(1, best // 2), 1]))
 
 
 def _norm_pool(problem: NormPoolProblem, target: Target) -> Iterator[NormPoolConfig]:
@@ -116,46 +116,29 @@ def _stages(target: Target, bytes_a_stage: int) -> Iterator[int]:
     yield from sorted({max(2, most - 1), most})
 
 
-def sizes(problem: LinearProblem) -> tuple[int, int, int]:
-    """Rows, columns and reduction of a linear layer's product."""
-    n, o, i = problem.images, problem.outputs, problem.features
-    return {"forward": (n, o, i), "data gradient": (n, i, o), "weight gradient": (o, i, n)}[problem.direction]
-
-
 # --- what speaks against one --------------------------------------------------------------------------------
-
-
-def tile(problem: Problem, config: Config) -> tuple[int, int, int, int, int]:
-    """Of a product: its answer's rows and columns, a tile's rows and columns, and the launch's programs."""
-    if isinstance(problem, ConvProblem):
-        assert isinstance(config, ConvConfig)
-        rows, columns = problem.images * problem.out_h * problem.out_w, problem.filters
-        height, width, times = config.block_npq, config.block_k + config.extra_k, problem.groups
-    elif isinstance(problem, WeightGradientProblem):
-        assert isinstance(config, WeightGradientConfig)
-        rows, columns = problem.taps_h * problem.taps_w * problem.depth, problem.filters
-        height, width, times = config.block_crs, config.block_k + config.extra_k, problem.groups * config.splits
-    else:
-        assert isinstance(problem, LinearProblem)
-        assert isinstance(config, LinearConfig)
-        rows, columns, _ = sizes(problem)
-        height, width, times = config.block_m, config.block_n, config.splits
-    return rows, columns, height, width, cdiv(rows, height) * cdiv(columns, width) * times
 
 
 def waste(problem: Problem, config: Config) -> float:
     """Share of a launch's products that fall outside the answer."""
-    if isinstance(problem, NormPoolProblem):
+    if isinstance(problem, NormPoolProblem) or isinstance(config, NormPoolConfig):
         return 0.0
-    rows, columns, height, width, _ = tile(problem, config)
-    return 1 - rows * columns / (cdiv(rows, height) * height * cdiv(columns, width) * width)
+    done = schedule.tiles(_made(problem, config), config.tile) * config.tile.rows * config.tile.columns
+    answer = problem.product
+    return 1 - answer.rows * answer.columns * answer.groups / done
+
+
+def _made(problem: ConvProblem | WeightGradientProblem | LinearProblem, config: Config) -> Product:
+    """The product as a loop makes it: the shifted one makes the rows of the border too."""
+    if isinstance(problem, ConvProblem) and isinstance(config, ConvConfig) and config.loop == "shifted":
+        # A map as large as its convolution's answer has so wide a border.
+        height, width = problem.out_h + problem.taps_h // 2, problem.out_w + problem.taps_w // 2
+        return problem.product._replace(rows=problem.images * height * width)
+    return problem.product
 
 
 def cycles(problem: Problem, config: Config, target: Target, issue_share: float = 0.0) -> float:
-    """Cycles of the busiest multiprocessor by the arithmetic of the tiles: their products, or what they ask of L2.
-
-    No fewer than the memory needs for operands and answer, each moved once; partial sums of splits are written and read
-    once more. Only ratios between configs of one problem mean anything.
+    """`schedule.cycles` of a config. Only ratios between configs of one problem mean anything.
 
     Args:
         problem: what is to be done.
@@ -163,49 +146,25 @@ def cycles(problem: Problem, config: Config, target: Target, issue_share: float 
         target: where.
         issue_share: of the loop, as the compiler tells it: from a half on the products wait for instructions.
     """
-    if isinstance(problem, NormPoolProblem):
+    if isinstance(problem, NormPoolProblem) or isinstance(config, NormPoolConfig):
         return 1.0
-    rows, columns, height, width, programs = tile(problem, config)
-    groups, itemsize = 1, problem.dtype.itemsize
-    if isinstance(problem, LinearProblem):
-        assert isinstance(config, LinearConfig)
-        splits, reduction = config.splits, sizes(problem)[2]
-        moved = rows * reduction + reduction * columns + rows * columns
-    elif isinstance(problem, WeightGradientProblem):
-        assert isinstance(config, WeightGradientConfig)
-        splits, groups, reduction = config.splits, problem.groups, problem.images * problem.pitch_h * problem.pitch_w
-        moved = reduction * (problem.depth + columns) + rows * columns
-    else:
-        splits, groups, reduction = 1, problem.groups, problem.taps_h * problem.taps_w * problem.depth
-        moved = rows * (problem.depth + columns) + reduction * columns
-    length = cdiv(reduction, splits)
-    products = height * width / PRODUCTS_PER_CYCLE.get(target.arch, PRODUCTS_PER_CYCLE[90]) * max(1.0, 2 * issue_share)
-    program = length * max(products, (height + width) * itemsize / L2_BYTES)
-    sums = 2 * splits * groups * rows * columns * 4 if splits > 1 else 0
-    memory = target.multiprocessors * MEMORY_BYTES
-    return max(cdiv(programs, target.multiprocessors) * program, groups * moved * itemsize / memory) + sums / memory
+    return schedule.cycles(_made(problem, config), config.tile, target, issue_share)
 
 
-def sums_a_thread(problem: Problem, config: Config, target: Target) -> float:
+def sums_a_thread(config: Config, target: Target) -> float:
     """Float32 sums that a thread holds."""
-    if isinstance(problem, NormPoolProblem):
+    if isinstance(config, NormPoolConfig):
         return 0.0
-    _, _, height, width, _ = tile(problem, config)
-    assert not isinstance(config, NormPoolConfig)
-    return height * width / (config.warps * (64 if target.backend == "hip" else 32))
+    tile = config.tile
+    return tile.rows * tile.columns / (config.warps * (64 if target.backend == "hip" else 32))
 
 
 def stage_bytes(problem: Problem, config: Config) -> int:
     """Shared memory that the stages of a program need at least."""
     if isinstance(config, NormPoolConfig):
         return 0
-    itemsize = problem.dtype.itemsize
-    _, _, height, width, _ = tile(problem, config)
-    if isinstance(config, ConvConfig):
-        step = config.block_crs
-    else:
-        step = config.block_npq if isinstance(config, WeightGradientConfig) else config.block_k
-    return config.stages * (height + width) * step * itemsize
+    tile = config.tile
+    return config.stages * (tile.rows + tile.columns) * tile.step * problem.dtype.itemsize
 
 
 def objections(problem: Problem, configs: list[Config], target: Target) -> dict[Config, Objection]:
@@ -213,7 +172,7 @@ def objections(problem: Problem, configs: list[Config], target: Target) -> dict[
     found: dict[Config, Objection] = {}
     least_waste = min(waste(problem, config) for config in configs)
     for config in configs[1:]:
-        wasted, sums = waste(problem, config), sums_a_thread(problem, config, target)
+        wasted, sums = waste(problem, config), sums_a_thread(config, target)
         stages = stage_bytes(problem, config)
         if wasted > max(MOST_WASTE, least_waste):
             found[config] = Objection("too many products fall outside the answer", f"{wasted:.0%}")
