@@ -98,6 +98,7 @@ def cycles(product: Product, tile: Tile, target: Target, issue_share: float = 0.
 def split(product: Product, tile: Tile, target: Target) -> Tile:
     """`tile` with the splits that cost least. A split of fewer steps would write more sums than it reads operands."""
     steps = cdiv(product.reduction, tile.step)
-    most = max(1, min(steps // (8 if product.streams else 4), 8 * target.multiprocessors // max(1, tiles(product, tile))))
-    choices = [tile._replace(splits=splits) for splits in range(1, most + 1)]
+    enough = 8 * target.multiprocessors // max(1, tiles(product, tile))
+    most = min(steps // (8 if product.streams else 4), enough)
+    choices = [tile._replace(splits=splits) for splits in range(1, max(1, most) + 1)]
     return min(choices, key=lambda one: cycles(product, one, target))
