@@ -162,11 +162,6 @@ def empty_like(parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter)
 
 
-def zeros(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `empty`, of zeros: for a kernel that fills a part."""
-    return torch.zeros(shape, dtype=dtype or like.dtype, device=like.device)
-
-
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Within the block, every buffer that a kernel is to fill holds NaN (or 255) before: what it leaves out shows."""
