@@ -17,9 +17,9 @@ import torch
 
 from alexnet_triton.kernels.config import Config, NormPoolProblem, Problem
 from alexnet_triton.kernels.target import Target
-from alexnet_triton.tuning import candidates
+from alexnet_triton.tuning import candidates, loops
 from alexnet_triton.tuning.candidates import Objection
-from alexnet_triton.tuning.inspect import LayerLaunch
+from alexnet_triton.tuning.inspect import LayerLaunch, broken_budgets
 from alexnet_triton.tuning.works import Work, works
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def compile_candidates(
     from alexnet_triton.tuning.compiler import compile_launches
 
     made = [main_launch(_works_of(variant, dtype, batch, target)[number], config, target) for batch, config in tried]
-    return [_figures(found, target) for found in compile_launches(made, target)]
+    figures = compile_launches(made, target)
+    return [_figures(found, launch, target, dtype) for found, launch in zip(figures, made, strict=True)]
 
 
 def main_launch(work: Work, config: Config, target: Target) -> Launch:
@@ -121,7 +122,7 @@ def main_launch(work: Work, config: Config, target: Target) -> Launch:
     return main
 
 
-def _figures(found: Any, target: Target) -> Figures:
+def _figures(found: Any, launch: Launch, target: Target, dtype: torch.dtype) -> Figures:
     from alexnet_triton.tuning.compiler import CompilationFailed
 
     if isinstance(found, CompilationFailed):
@@ -132,7 +133,10 @@ def _figures(found: Any, target: Target) -> Figures:
         return Figures(Objection("it takes too much shared memory", f"{found.shared_memory:,} bytes"), None)
     if not found.resident:
         return Figures(Objection("it does not fit a multiprocessor", f"for its {found.limited_by}"), None)
-    return Figures(None, found.issue_share)
+    product = launch.kernel.__name__ in loops.PRODUCTS
+    slack = loops.slack(launch, found, target) if product else 1.0
+    broken = broken_budgets(found, "product" if product else "map", target, dtype, None, slack)
+    return Figures(Objection("it breaks a budget of `inspect`", broken[0]) if broken else None, found.issue_share)
 
 
 def pruned(problem: Problem, target: Target) -> list[Trial]:
