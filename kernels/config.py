@@ -249,7 +249,7 @@ def linear_config(target: Target, dtype: torch.dtype, exact: bool, product: Prod
     else:
         sizes = [(128, 128, 64)]
         if half and rows <= 256:  # where weights are few, tiles that need less splitting
-            sizes.append((128, 64, 64))
+            sizes.append((64, 64, 64))
         if half and hopper and wide and rows > 256 and reduction >= 512:  # arithmetic limits, and these ask L2 for less
             sizes.insert(0, (128, 256, 64))
     if exact:  # no tensor cores on NVIDIA's side: what a thread can hold is what limits
