@@ -72,6 +72,15 @@ class ConvConfig:
         """Of a program."""
         return Tile(self.block_npq, self.block_k + self.extra_k, self.block_crs, self.splits)
 
+    def check_loop(self, run: int) -> None:
+        """Refuse a loop that runs of so many columns do not allow.
+
+        Raises:
+            ValueError: its steps do not divide them.
+        """
+        if self.loop == "shifted" and run % self.block_crs:
+            raise ValueError(f"the shifted loop takes steps that divide {run} columns, got {self.block_crs}")
+
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
@@ -444,6 +453,14 @@ CONFIGS: dict[type[Problem], type[Config]] = {
     NormPoolProblem: NormPoolConfig,
 }
 """The kind of config that a kind of problem takes."""
+
+
+def stage_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory that the stages of a program need at least."""
+    if isinstance(config, NormPoolConfig):
+        return 0
+    return config.stages * (config.tile.rows + config.tile.columns) * config.tile.step * problem.dtype.itemsize
+
 
 Lookup = Callable[[Target, Problem], Config | None]
 

@@ -446,8 +446,7 @@ def _multiply(
             ALIGNED=run % config.block_crs == 0, EVEN=product.reduction % config.block_crs == 0, **rest,
         )  # fmt: skip
         return
-    if run % config.block_crs:
-        raise ValueError(f"the shifted loop takes steps that divide {run} columns, got {config.block_crs}")
+    config.check_loop(run)
     overlap = taps_w if runs_a_row == 1 else 1  # rows that a run begins in its own and goes on to
     rows = TensorDescriptor(
         x, [x_layout.rows - overlap + 1, x_layout.channels * overlap], [x_layout.channels, 1],

@@ -324,6 +324,7 @@ def test_a_broken_shipped_file_is_reported_and_ignored(tmp_path, monkeypatch):
         {"stages": 33},
         {"block_npq": 2**14, "block_k": 2**14},
         {"block_npq": 256, "block_k": 128, "stages": 5},
+        {"loop": "shifted", "block_crs": 512, "stages": 1},  # of runs of 768 columns
     ],
     ids=str,
 )

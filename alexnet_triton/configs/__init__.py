@@ -21,14 +21,7 @@ from typing import Any
 from alexnet_triton.configs import cache
 from alexnet_triton.configs.cache import Entry
 from alexnet_triton.kernels import config as kernels_config
-from alexnet_triton.kernels.config import (
-    Config,
-    ConvProblem,
-    LinearProblem,
-    NormPoolProblem,
-    Problem,
-    WeightGradientProblem,
-)
+from alexnet_triton.kernels.config import Config, ConvConfig, ConvProblem, NormPoolConfig, Problem, stage_bytes
 from alexnet_triton.kernels.target import Target
 
 FARTHEST = 4
@@ -119,29 +112,20 @@ def check_fits(problem: Problem, config: Config, target: Target) -> None:
     Raises:
         ValueError: its tiles, or its parts of a sum, are more than a card can take.
     """
-    given = vars(config)
-    height, width, step = _tile(problem, given)
-    if height * width > MOST_ELEMENTS:
-        raise ValueError(f"a tile of {height:,} x {width:,} elements is more than Triton takes, in {config}")
-    needed = given.get("stages", 1) * (height + width) * step * problem.dtype.itemsize
+    if isinstance(config, NormPoolConfig):
+        elements, splits = config.block * config.lanes, 1
+    else:
+        elements, splits = config.tile.rows * config.tile.columns, config.splits
+    needed = stage_bytes(problem, config)
+    if elements > MOST_ELEMENTS:
+        raise ValueError(f"a tile of {elements:,} elements is more than Triton takes, in {config}")
     if needed > target.shared_memory:
         has = f"a program has {target.shared_memory:,}"
         raise ValueError(f"its stages need {needed:,} bytes of shared memory, {has}, in {config}")
-    if given.get("splits", 1) > 8 * target.multiprocessors:
-        raise ValueError(
-            f"{given['splits']:,} parts of a sum are more than {target.multiprocessors} multiprocessors need"
-        )
-
-
-def _tile(problem: Problem, given: dict[str, int]) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and how many of what it sums over a step takes; 0 where it sums nothing."""
-    if isinstance(problem, NormPoolProblem):
-        return given["block"], given["lanes"], 0
-    if isinstance(problem, LinearProblem):
-        return given["block_m"], given["block_n"], given["block_k"]
-    height, step = ("block_npq", "block_crs") if isinstance(problem, ConvProblem) else ("block_crs", "block_npq")
-    assert isinstance(problem, ConvProblem | WeightGradientProblem)
-    return given[height], given["block_k"] + given.get("extra_k", 0), given[step]
+    if splits > 8 * target.multiprocessors:
+        raise ValueError(f"{splits:,} parts of a sum are more than {target.multiprocessors} multiprocessors need")
+    if isinstance(config, ConvConfig) and isinstance(problem, ConvProblem):
+        config.check_loop(problem.run)
 
 
 @functools.cache

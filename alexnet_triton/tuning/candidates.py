@@ -22,6 +22,7 @@ from alexnet_triton.kernels.config import (
     Problem,
     WeightGradientConfig,
     WeightGradientProblem,
+    stage_bytes,
 )
 from alexnet_triton.kernels.schedule import Product, Tile
 from alexnet_triton.kernels.target import Target, power_of_two
@@ -157,14 +158,6 @@ def sums_a_thread(config: Config, target: Target) -> float:
         return 0.0
     tile = config.tile
     return tile.rows * tile.columns / (config.warps * (64 if target.backend == "hip" else 32))
-
-
-def stage_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory that the stages of a program need at least."""
-    if isinstance(config, NormPoolConfig):
-        return 0
-    tile = config.tile
-    return config.stages * (tile.rows + tile.columns) * tile.step * problem.dtype.itemsize
 
 
 def objections(problem: Problem, configs: list[Config], target: Target) -> dict[Config, Objection]:
