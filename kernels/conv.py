@@ -321,10 +321,10 @@ def shifted_conv_kernel(
 def finish_kernel(
     partial, bias, gate, y, splits, pixels, images, out_h, out_w,
     y_rows, y_columns, y_pitch_h, y_pitch_w, y_lead, gate_lead, gate_pitch_h, gate_pitch_w, gate_columns,
-    RELU: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr,
+    RELU: tl.constexpr, BLOCK_NPQ: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     # Y[row, k] = sum over splits, in their order, of partial[split, pixel of the row, k], finished; 0 in the border.
-    # A program writes one tile.
+    # A program writes one tile. It asks for UNROLL parts before it waits for the first.
     tiles = tl.cdiv(y_columns, BLOCK_K)
     row = tl.program_id(0) // tiles * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
     column = (tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
@@ -332,9 +332,11 @@ def finish_kernel(
     inside = inside[:, None] & (column < y_columns)
     at = partial + ((n * out_h + p) * out_w + q).to(tl.int64)[:, None] * y_columns + column
     sums = tl.zeros((BLOCK_NPQ, BLOCK_K), tl.float32)
-    for _ in range(splits):
-        sums += tl.load(at, mask=inside, other=0.0)
-        at += tl.cast(pixels, tl.int64) * y_columns
+    part = tl.cast(pixels, tl.int64) * y_columns
+    for first in range(0, splits, UNROLL):
+        for i in tl.static_range(UNROLL):
+            sums += tl.load(at + i * part, mask=inside & (first + i < splits), other=0.0)
+        at += UNROLL * part
     if bias is not None:
         sums += tl.load(bias + column, mask=column < y_columns, other=0.0).to(tl.float32)
     if RELU:
@@ -400,7 +402,8 @@ def _shifted_product(
         y_pitch_h=y_layout.pitch_h, y_pitch_w=y_layout.pitch_w, y_lead=y_layout.lead,
         gate_lead=gate_pitches[0], gate_pitch_h=gate_pitches[1], gate_pitch_w=gate_pitches[2],
         gate_columns=gate_layout.channels if gate_layout else 0,
-        RELU=relu, BLOCK_NPQ=tile.rows, BLOCK_K=tile.channels, num_warps=tile.warps, num_stages=1,
+        RELU=relu, BLOCK_NPQ=tile.rows, BLOCK_K=tile.channels, UNROLL=min(8, launch.power_of_two(splits)),
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return y
 

@@ -114,9 +114,11 @@ def add_splits_kernel(
     splits, split_size, groups, filters, depth, reduction, depth_padded,
     window_h, window_w, stride_h, stride_w, taps_w, filter_programs,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_CRS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     # dw[(g, k), c, r, s] = sum over splits, in their order, of partial[split, g, (r', s', (c, i, j)), k].
-    # A program adds BLOCK_K filters of BLOCK_CRS elements; programs past `filter_programs` add the bias's.
+    # A program adds BLOCK_K filters of BLOCK_CRS elements; programs past `filter_programs` add the bias's. It asks for
+    # UNROLL parts before it waits for the first.
     pid = tl.program_id(0)
     size = depth * window_h * window_w
     if pid < filter_programs:
@@ -131,17 +133,21 @@ def add_splits_kernel(
         written = (element < size) & (k < filters)
         total = tl.zeros((BLOCK_CRS, BLOCK_K), tl.float32)
         part = partial + (group.to(tl.int64) * reduction + column) * filters + k
-        for _ in range(splits):
-            total += tl.load(part, mask=written, other=0.0)
-            part += split_size
+        for first in range(0, splits, UNROLL):
+            for i in tl.static_range(UNROLL):
+                at = part + i * tl.cast(split_size, tl.int64)
+                total += tl.load(at, mask=written & (first + i < splits), other=0.0)
+            part += UNROLL * tl.cast(split_size, tl.int64)
         at = (group * filters + k).to(tl.int64) * w_k + c.to(tl.int64) * w_c + r * w_r + s * w_s
         tl.store(dw + at, rounded(total, dw), mask=written)
     else:
         filter_ = (pid - filter_programs) * BLOCK_K + tl.arange(0, BLOCK_K)
         real = filter_ < groups * filters
         sums = tl.zeros((BLOCK_K,), tl.float32)
-        for split in range(splits):
-            sums += tl.load(bias_partial + split * groups * filters + filter_, mask=real, other=0.0)
+        for first in range(0, splits, UNROLL):
+            for i in tl.static_range(UNROLL):
+                at = bias_partial + (first + i) * groups * filters + filter_
+                sums += tl.load(at, mask=real & (first + i < splits), other=0.0)
         tl.store(db + filter_, rounded(sums, db), mask=real)
 
 
@@ -209,6 +215,6 @@ def weight_gradient(
         depth_padded=padded(conv.folded_depth), window_h=conv.window[0], window_w=conv.window[1],
         stride_h=conv.stride[0], stride_w=conv.stride[1], taps_w=conv.taps[1], filter_programs=filter_programs,
         BLOCK_H=conv.block[0], BLOCK_W=conv.block[1], BLOCK_K=tile.channels, BLOCK_CRS=tile.rows,
-        num_warps=tile.warps, num_stages=1,
+        UNROLL=min(8, launch.power_of_two(splits)), num_warps=tile.warps, num_stages=1,
     )  # fmt: skip
     return dw, db

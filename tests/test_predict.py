@@ -70,7 +70,7 @@ def loops_of_launches():
             loop = loops.PRODUCTS[name](arguments)
             found.append([name, loop.turns, loop.step, lengths[name](arguments)])
         elif name in loops.LOOPS:
-            step = arguments["BLOCK_M"] if name == "gate_kernel" else 1
+            step = arguments["BLOCK_M"] if name == "gate_kernel" else arguments.get("UNROLL", 1)
             found.append([name, loops.LOOPS[name](arguments), step, lengths[name](arguments)])
     return found
 

@@ -50,8 +50,8 @@ PRODUCTS: Mapping[str, Callable[[Mapping[str, Any]], MainLoop]] = {
 """By kernel that is a sum of matrix products, what its arguments say of its main loop."""
 
 LOOPS: Mapping[str, Callable[[Mapping[str, Any]], int]] = {
-    "add_splits_kernel": lambda a: a["splits"],
-    "finish_kernel": lambda a: a["splits"],
+    "add_splits_kernel": lambda a: cdiv(a["splits"], a["UNROLL"]),
+    "finish_kernel": lambda a: cdiv(a["splits"], a["UNROLL"]),
     "gate_kernel": lambda a: cdiv(a["rows_padded"], a["BLOCK_M"]),
     "lrn_max_pool_kernel": lambda a: a["strip_rows"],
 }
