@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from alexnet_triton.kernels.target import Target, cdiv
 
-L2_BYTES, MEMORY_BYTES, MOST_MEMORY_BYTES = 64, 13, 16
+L2_BYTES, MEMORY_BYTES, MOST_MEMORY_BYTES = 64, 13, 15
 """Bytes a cycle: that a multiprocessor draws from the second-level cache, its share of the memory's, and the most that
-it draws from memory where others idle, so that a fifth of them may. The last is assumed."""
+it draws from memory where others idle, which an eighth of them may. The last is assumed."""
 
 L2_SIZE = 25 << 20
-"""Bytes of partial sums that stay in the second-level cache until they are added: half of it."""
+"""Bytes of partial sums that stay in the second-level cache until they are added: half of it, where nothing streams."""
 
 STEP_CYCLES, LAUNCH_CYCLES = 200, 2_500
 """Of a step of a pipelined loop at least, and of a second launch. Assumed, as `bench predict` does."""
@@ -90,7 +90,7 @@ def cycles(product: Product, tile: Tile, target: Target, issue_share: float = 0.
     needed = max(needed, product.moved / min(memory, drawing * MOST_MEMORY_BYTES))
     if parts > 1 or product.always_adds:
         sums = parts * product.groups * product.rows * product.columns * 4
-        rate = target.multiprocessors * L2_BYTES / 2 if sums <= L2_SIZE else memory
+        rate = target.multiprocessors * L2_BYTES / 2 if sums <= L2_SIZE and not product.streams else memory
         needed += 2 * sums / rate + (0 if product.always_adds else LAUNCH_CYCLES)
     return needed
 
