@@ -364,7 +364,7 @@ class _Product(NamedTuple):
         return self.taps[0] * self.taps[1] * self.depth
 
 
-def _shifted_product(
+def _convolve(
     x: Tensor, x_layout: Layout, packed: Tensor, bias: Tensor | None, gate: Tensor | None, gate_layout: Layout | None,
     groups: int, product: _Product, y_layout: Layout, relu: bool, config: ConvConfig | None,
 ) -> Tensor:  # fmt: skip
@@ -377,7 +377,7 @@ def _shifted_product(
         config = choose(target, problem)
         launch.offer(
             problem,
-            lambda other: _shifted_product(
+            lambda other: _convolve(
                 x, x_layout, packed, bias, gate, gate_layout, groups, product, y_layout, relu, other
             ),
         )
@@ -484,7 +484,7 @@ def conv2d_relu(
         (y_layout.rows, K) of the dtype of `x`, zeros where there is no pixel.
     """
     product = _Product(conv.filters, padded(conv.folded_depth), conv.taps, conv.padding, conv.out_size)
-    return _shifted_product(
+    return _convolve(
         x, conv.x_layout, packed, bias, None, None, conv.groups, product, y_layout, relu, config
     )  # fmt: skip
 
@@ -509,6 +509,6 @@ def data_gradient(
     turned_padding = (conv.taps[0] - 1 - conv.padding[0], conv.taps[1] - 1 - conv.padding[1])
     product = _Product(conv.folded_depth, padded(conv.filters), conv.taps, turned_padding, conv.size)
     gate_layout = None if gate is None else conv.x_layout
-    return _shifted_product(
+    return _convolve(
         dy, conv.dy_layout, turned, None, gate, gate_layout, conv.groups, product, dx_layout, False, config
     )  # fmt: skip

@@ -23,6 +23,8 @@ from alexnet_triton.kernels.config import (
     WeightGradientProblem,
 )
 from alexnet_triton.kernels.target import TARGETS
+from alexnet_triton.tuning.works import works
+from alexnet_triton.variants import VARIANTS
 
 HALF = torch.bfloat16
 CONV = ConvProblem(128, 13, 13, 384, 256, 3, 3, 1, True, HALF, False)
@@ -141,6 +143,16 @@ def test_a_config_is_looked_up_once_in_a_process(monkeypatch):
 def test_the_interpreter_has_no_tuned_configs(monkeypatch):
     monkeypatch.setattr(cache, "problem_key", lambda problem: pytest.fail("a file was asked"))
     config.choose(launch.target_of(torch.device("cpu")), CONV)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("card", "target"), [("H100", "sm_90"), ("H200", "sm_90"), ("A100", "sm_80")])
+def test_every_shape_ships_for_these_cards_at_four_batches(card, target, variant):
+    for batch in (1, 16, 128, 1024):
+        for work in works(variant, torch.bfloat16, batch, TARGETS[target]):
+            shipped = configs.shipped(card)[cache.problem_key(work.problem)][batch]
+            config = cache.config_of(shipped, type(work.problem))
+            configs.check_fits(work.problem, config, TARGETS[target])
 
 
 def test_shipped_files_are_found_by_a_word_of_the_cards_name_and_fit_these_kernels():
