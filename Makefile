@@ -4,7 +4,7 @@
 # make bench  this network beside torchvision's on this CPU
 # make readme write the tables and pictures of README.md and bench/README.md anew from bench/results
 # Each creates .venv and installs what it needs, once.
-# make configs  choose the configs that ship for cards that are not here
+# make configs choose the configs that ship for cards that are not here
 # make gpu    check the kernels on this machine's GPU and time them, with the packages that $(PYTHON) has
 
 PYTHON ?= python3
