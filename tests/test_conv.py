@@ -81,12 +81,14 @@ SMALL = [
     {"conv_config": config.ConvConfig(32, 16, 16, 16, 4, 1, splits=3, loop="shifted")},
     {"conv_config": config.ConvConfig(16, 32, 0, 32, 4, 1, splits=2)},
     {"conv_config": config.ConvConfig(16, 16, 0, 16, 4, 1, splits=2)},  # whose second part begins inside a run
+    {"conv_config": config.ConvConfig(16, 16, 0, 16, 4, 1, splits=20)},  # more parts than are asked for at once
+    {"weight_config": config.WeightGradientConfig(16, 16, 0, 16, 20, 4, 1)},
     {"weight_config": config.WeightGradientConfig(16, 16, 16, 16, 3, 4, 1)},
     {"weight_config": config.WeightGradientConfig(64, 32, 0, 64, 2, 4, 1)},
 ]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(100))
 def test_drawn_convolutions(seed):
     """With the default blocks and with small ones."""
     dtype = DTYPES[0] if seed % 3 else DTYPES[seed // 3 % 3]
