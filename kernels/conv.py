@@ -140,6 +140,22 @@ def _pixel_of(row, images, pitch_h, pitch_w, height, width):
 
 
 @triton.jit
+def _place_of(pid, filters, groups, pixel_tiles, WIDTH: tl.constexpr):
+    """Group, first filter, number of the pixels' tile and split of a program: filters run fastest, splits slowest."""
+    k_tiles = tl.cdiv(filters, WIDTH)
+    tile = pid // k_tiles // groups
+    return pid // k_tiles % groups, pid % k_tiles * WIDTH, tile % pixel_tiles, tile // pixel_tiles
+
+
+@triton.jit
+def _add_step(sums, a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """The sums, and a @ b^T added to them."""
+    if UPCAST:  # Triton's interpreter multiplies bfloat16 as bit patterns
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+
+
+@triton.jit
 def _clear_border(
     y, first_row, images, height, width, pitch_h, pitch_w, lead, rows, columns,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -175,11 +191,8 @@ def conv_kernel(
     # Programs past `products` clear the border of Y's layout.
     pid = tl.program_id(0)
     if pid < products:
-        k_tiles = tl.cdiv(filters, BLOCK_K + EXTRA_K)
-        group = pid // k_tiles % groups
-        first_k = pid % k_tiles * (BLOCK_K + EXTRA_K)
-        split = pid // k_tiles // groups // pixel_tiles
-        number = (pid // k_tiles // groups % pixel_tiles) * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
+        group, first_k, pixel_tile, split = _place_of(pid, filters, groups, pixel_tiles, BLOCK_K + EXTRA_K)
+        number = pixel_tile * BLOCK_NPQ + tl.arange(0, BLOCK_NPQ)
         n, p, q, inside = _pixel_of(number, images, out_h, out_w, out_h, out_w)
         pixel = (n * pitch_h + p) * pitch_w + q
         row = (y_lead + (n * y_pitch_h + p) * y_pitch_w + q).to(tl.int64) + split.to(tl.int64) * y_rows
@@ -217,15 +230,11 @@ def conv_kernel(
             else:
                 a = tl.load(x_at + offset[None, :], mask=(start + lane < reduction)[None, :], other=0.0)
             b = tl.load(w_at) if EVEN else tl.load(w_at, mask=(start + lane < reduction)[None, :], other=0.0)
-            if UPCAST:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+            sums = _add_step(sums, a, b, PRECISION, UPCAST)
             w_at += BLOCK_CRS
             if EXTRA_K:
                 b1 = tl.load(w1_at) if EVEN else tl.load(w1_at, mask=(start + lane < reduction)[None, :], other=0.0)
-                if UPCAST:
-                    b1 = b1.to(tl.float32)
-                sums1 = tl.dot(a, tl.trans(b1), sums1, input_precision=PRECISION)
+                sums1 = _add_step(sums1, a, b1, PRECISION, UPCAST)
                 w1_at += BLOCK_CRS
             # A step passes BLOCK_CRS // run runs, and one more where the columns that are left over fill one up.
             in_run += BLOCK_CRS % run
@@ -267,11 +276,8 @@ def shifted_conv_kernel(
     # A row of taps of one group is one run, although its columns lie in several rows: the descriptor's rows overlap.
     pid = tl.program_id(0)
     if pid < products:
-        k_tiles = tl.cdiv(filters, BLOCK_K + EXTRA_K)
-        group = pid // k_tiles % groups
-        first_k = pid % k_tiles * (BLOCK_K + EXTRA_K)
-        split = pid // k_tiles // groups // pixel_tiles
-        first_pixel = (pid // k_tiles // groups % pixel_tiles) * BLOCK_NPQ
+        group, first_k, pixel_tile, split = _place_of(pid, filters, groups, pixel_tiles, BLOCK_K + EXTRA_K)
+        first_pixel = pixel_tile * BLOCK_NPQ
 
         first = split * share
         last = tl.minimum(first + share, reduction)
@@ -284,14 +290,10 @@ def shifted_conv_kernel(
         for start in range(first, last, BLOCK_CRS):
             a = x.load([x_row, group * depth + in_run])
             b = weight.load([w_row, start])
-            if UPCAST:
-                a, b = a.to(tl.float32), b.to(tl.float32)
-            sums = tl.dot(a, tl.trans(b), sums, input_precision=PRECISION)
+            sums = _add_step(sums, a, b, PRECISION, UPCAST)
             if EXTRA_K:
                 b1 = extra_weight.load([w_row + BLOCK_K, start])
-                if UPCAST:
-                    b1 = b1.to(tl.float32)
-                sums1 = tl.dot(a, tl.trans(b1), sums1, input_precision=PRECISION)
+                sums1 = _add_step(sums1, a, b1, PRECISION, UPCAST)
             in_run += BLOCK_CRS
             over = in_run >= run
             in_run = tl.where(over, 0, in_run)
