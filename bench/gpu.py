@@ -27,7 +27,7 @@ import torch
 
 from alexnet_triton import configs
 from alexnet_triton.backend import TRITON_INSTALLED, interpreting, use_backend
-from alexnet_triton.bench import checks, launches, layers, lpips, model, results, roofs, tuning
+from alexnet_triton.bench import checks, graph_checks, launches, layers, lpips, model, results, roofs, tuning
 from alexnet_triton.bench.checks import Absent, Measure, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.bench.timing import machine, nvidia_smi
@@ -283,8 +283,8 @@ def _meet_network(variant: str, dtype: torch.dtype, run: Run) -> None:
 def _meet_recipe(run: Run) -> None:
     """What the README's training step launches: half precision by autocast, gradients in single."""
     with use_backend("triton"):
-        batches = checks.batches_of(run.scale.batches[0], run.scale.image_size or 227)
-        checks.train_eagerly(run.device, batches, checks.RATES[:1])
+        batches = graph_checks.batches_of(run.scale.batches[0], run.scale.image_size or 227)
+        graph_checks.train_eagerly(run.device, batches, graph_checks.RATES[:1])
 
 
 def _networks(run: Run) -> Iterator[tuple[str, Check]]:
@@ -331,9 +331,9 @@ def _check_second_gpu(run: Run) -> list[Measure]:
 
 def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
     for variant in ("paper", "torchvision", "merged", "caffe"):
-        yield f"inference of {variant}", partial(checks.check_inference_graph, variant, run.scale, run.device)
-        yield f"training step of {variant}", partial(checks.check_training_graph, variant, run.scale, run.device)
-    yield "the README's training step", partial(checks.check_recipe, run.scale, run.device)
+        yield f"inference of {variant}", partial(graph_checks.check_inference_graph, variant, run.scale, run.device)
+        yield f"training step of {variant}", partial(graph_checks.check_training_graph, variant, run.scale, run.device)
+    yield "the README's training step", partial(graph_checks.check_recipe, run.scale, run.device)
 
 
 def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alexnet_triton import unfuse
 from alexnet_triton.backend import use_backend
-from alexnet_triton.bench import checks
+from alexnet_triton.bench import checks, graph_checks
 from alexnet_triton.bench.benchmark import Benchmark
 from alexnet_triton.bench.checks import LIMITS, NETWORK_FLOORS, Measure
 from alexnet_triton.bench.layers import SETS, backend_of_ours
@@ -249,9 +249,9 @@ def _ready(
         sets = [images.to(memory_format=torch.channels_last) for images in sets]
     if peer.graph and task == "inference":
         with backend_of_ours(device) if name.startswith(OURS) else use_backend("reference"):
-            return over_sets(checks.graphed(model, sets[0]), sets), None
+            return over_sets(graph_checks.graphed(model, sets[0]), sets), None
     if peer.graph:
-        replays = [checks.captured(partial(step, images), device) for images in sets]
+        replays = [graph_checks.captured(partial(step, images), device) for images in sets]
         return over_sets(lambda replay: replay(), replays), None
     for images in sets:
         step(images)

@@ -17,7 +17,7 @@ from test_random import mask
 from torch import nn
 
 from alexnet_triton import AlexNet, FusedSequential, cli, ops
-from alexnet_triton.bench import checks, gpu, launches, results
+from alexnet_triton.bench import checks, gpu, graph_checks, launches, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.kernels import conv, launch, linear, norm_pool, random, weight_gradient
@@ -245,14 +245,16 @@ def test_a_network_on_another_device_is_compared(linear_alone):
 
 def test_graphs_that_replay_what_was_are_seen(linear_alone, monkeypatch):
     one = SMALL._replace(batches=(1,))
-    assert not broken(checks.check_inference_graph("", one, CPU) + checks.check_training_graph("", one, CPU))
+    assert not broken(
+        graph_checks.check_inference_graph("", one, CPU) + graph_checks.check_training_graph("", one, CPU)
+    )
 
     def stale(function, device):
         result = function()
         return lambda: result
 
-    monkeypatch.setattr(checks, "captured", stale)
-    names = broken(checks.check_training_graph("", one, CPU))
+    monkeypatch.setattr(graph_checks, "captured", stale)
+    names = broken(graph_checks.check_training_graph("", one, CPU))
     assert {"masks that came again", "p=0.0: parameters left as they were", "p=0.5: replay, 2.weight"} <= names
 
     def deaf(model, *examples):
@@ -261,8 +263,8 @@ def test_graphs_that_replay_what_was_are_seen(linear_alone, monkeypatch):
         answer = torch.empty(1, 10, dtype=torch.bfloat16)
         return lambda images: answer.copy_(before(images).detach())
 
-    monkeypatch.setattr(checks, "graphed", deaf)
-    found = broken(checks.check_inference_graph("", one, CPU))
+    monkeypatch.setattr(graph_checks, "graphed", deaf)
+    found = broken(graph_checks.check_inference_graph("", one, CPU))
     assert {"an answer that is kept", "values that changed in place", "values that did not count"} <= found
 
 
@@ -272,7 +274,7 @@ def test_masks_that_do_not_follow_the_generator_are_seen(linear_alone, monkeypat
     one = SMALL._replace(batches=(1,))
     drawn = iter(range(100))
     monkeypatch.setattr(random, "seed", lambda device: torch.tensor([next(drawn)]))
-    assert "p=0.5: replay, 2.weight" in broken(checks.check_training_graph("", one, CPU))
+    assert "p=0.5: replay, 2.weight" in broken(graph_checks.check_training_graph("", one, CPU))
 
 
 def test_the_small_run_meets_every_kernel(monkeypatch):

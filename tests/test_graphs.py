@@ -13,7 +13,7 @@ from fake_cuda import FakeCuda
 from torch import nn
 
 from alexnet_triton import VARIANTS, AlexNet, graphs, unfuse
-from alexnet_triton.bench import checks
+from alexnet_triton.bench import graph_checks
 from alexnet_triton.graphs import Graphed
 
 SIZES = 4, 67
@@ -400,21 +400,21 @@ def by_the_readme(monkeypatch):
     """Trains with the README's block, on a CPU with a stand-in for the graph; gives what it leaves."""
 
     def run(device="cpu", change=None):
-        code = checks.recipe(torch.device(device), *SIZES)
+        code = graph_checks.recipe(torch.device(device), *SIZES)
         for old, new in (change or {}).items():
             assert old in code
             code = code.replace(old, new)
         with monkeypatch.context() as within:
             if device == "cpu":
                 FakeCuda().install(within)
-            names = checks.train_by(code, checks.batches_of(*SIZES))
+            names = graph_checks.train_by(code, graph_checks.batches_of(*SIZES))
         return {**names["model"].state_dict(), "loss": names["loss"]}
 
     return run
 
 
 def eager(device="cpu"):
-    return checks.train_eagerly(torch.device(device), checks.batches_of(*SIZES))
+    return graph_checks.train_eagerly(torch.device(device), graph_checks.batches_of(*SIZES))
 
 
 def same(a, b):
@@ -451,7 +451,7 @@ def test_an_optimizer_that_reads_its_rate_cannot_be_captured(by_the_readme):
 
 def test_the_benchmarks_replays_are_of_the_same_kind(cuda):
     total = torch.zeros(1)
-    replay = checks.captured(lambda: total.add_(1), torch.device("cuda"))
+    replay = graph_checks.captured(lambda: total.add_(1), torch.device("cuda"))
     assert total == graphs.WARM_UPS
     assert replay() == graphs.WARM_UPS + 1
     assert "side 1 captures, thread_local" in cuda.log
