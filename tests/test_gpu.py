@@ -20,6 +20,7 @@ from alexnet_triton import AlexNet, FusedSequential, cli, ops
 from alexnet_triton.bench import checks, gpu, graph_checks, launches, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
 from alexnet_triton.bench.plans import Plan
+from alexnet_triton.bench.report import LOST, RESULTS, Report, Run, run_cases
 from alexnet_triton.kernels import conv, launch, linear, norm_pool, random, weight_gradient
 from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.variants import VARIANTS
@@ -290,11 +291,11 @@ def test_the_small_run_meets_every_kernel(monkeypatch):
 
 
 def a_run(tmp_path, seconds=60.0):
-    return gpu.Run(CPU, SMALL, seconds, tmp_path)
+    return Run(CPU, SMALL, seconds, tmp_path)
 
 
 def test_every_check_leaves_a_result_whatever_becomes_of_it(tmp_path):
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    report = Report(tmp_path / RESULTS)
 
     def raises():
         raise RuntimeError("no")
@@ -311,7 +312,7 @@ def test_every_check_leaves_a_result_whatever_becomes_of_it(tmp_path):
         "figures": lambda: {"x": float("nan")},
         "good again": lambda: [Measure("a", 0.1, 0.2)],
     }
-    assert gpu.run_cases(report, "layers", found.items(), a_run(tmp_path)) == 1
+    assert run_cases(report, "layers", found.items(), a_run(tmp_path)) == 1
     rows = {row["case"]: row for row in report.rows()}
     statuses = ["passed", "failed", "failed", "skipped", "failed", "noted", "passed"]
     assert [row["status"] for row in rows.values()] == statuses
@@ -323,17 +324,17 @@ def test_every_check_leaves_a_result_whatever_becomes_of_it(tmp_path):
     text = gpu.summary(list(rows.values()))
     assert "failed: layers: bad: b is inf" in text
     # Made once; and what there is no time for is named.
-    assert gpu.run_cases(report, "layers", [*found.items(), ("late", raises)], a_run(tmp_path, -1.0)) == 0
+    assert run_cases(report, "layers", [*found.items(), ("late", raises)], a_run(tmp_path, -1.0)) == 0
     assert report.rows()[7:] == [report.rows()[-1]]
     assert (report.rows()[-1]["case"], report.rows()[-1]["status"]) == ("late", "skipped")
 
 
 def test_a_device_that_is_lost_ends_the_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_device_answers", lambda device: False)
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    monkeypatch.setattr("alexnet_triton.bench.report._device_answers", lambda device: False)
+    report = Report(tmp_path / RESULTS)
     cases = [("a", lambda: 1 / 0), ("b", lambda: [Measure("", 0.0, 0.0)])]
-    assert gpu.run_cases(report, "graphs", cases, a_run(tmp_path)) == gpu.LOST
-    assert gpu.run_cases(report, "graphs", cases, a_run(tmp_path)) == 0
+    assert run_cases(report, "graphs", cases, a_run(tmp_path)) == LOST
+    assert run_cases(report, "graphs", cases, a_run(tmp_path)) == 0
     assert [(row["case"], row["status"]) for row in report.rows()] == [("a", "failed"), ("b", "passed")]
 
 
@@ -357,7 +358,7 @@ class Process:
 
 
 def test_a_process_that_dies_costs_its_own_check_alone(tmp_path, monkeypatch):
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    report = Report(tmp_path / RESULTS)
 
     def dies():
         report.begin("layers", "conv1")
@@ -371,7 +372,7 @@ def test_a_process_that_dies_costs_its_own_check_alone(tmp_path, monkeypatch):
         report.write("layers", "conv3", "passed")
         return 0
 
-    monkeypatch.setattr(gpu.subprocess, "Popen", Process([dies, hangs, gpu.LOST, ends, -9]))
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process([dies, hangs, LOST, ends, -9]))
     gpu._run_part(report, "layers", time.monotonic() + 60, "cuda")
     cases = [(row["case"], row["status"]) for row in report.rows()]
     assert cases == [("conv1", "failed"), ("conv2", "failed"), ("conv3", "passed")]
@@ -386,7 +387,7 @@ def test_the_exit_code_tells_of_a_failure(tmp_path, monkeypatch, capsys):
     assert gpu.run(tmp_path, device="cpu") == 0
     status = "failed"
     assert cli.main(["bench", "gpu", "--device", "cpu", "--out", str(tmp_path), "--parts", "layers"]) == 1
-    rows = gpu.Report(tmp_path / gpu.RESULTS).rows()
+    rows = Report(tmp_path / RESULTS).rows()
     assert [row["part"] for row in rows] == list(gpu.PARTS)
     assert {row["status"] for row in rows if row["part"] != "layers"} == {"skipped"}
     assert "failed: layers: x: so" in capsys.readouterr().out
@@ -424,7 +425,7 @@ def test_without_a_gpu_and_optional_packages_it_says_what_it_needs():
 
 def test_a_part_without_time_names_what_it_skips(tmp_path):
     assert gpu.run(tmp_path, budget=1e-3, parts=["graphs"], device="cpu") == 0
-    rows = [row for row in gpu.Report(tmp_path / gpu.RESULTS).rows() if row["part"] == "graphs"]
+    rows = [row for row in Report(tmp_path / RESULTS).rows() if row["part"] == "graphs"]
     assert [row["why"] for row in rows] == ["no time was left"] * 9
     assert rows[0]["case"] == "inference of paper"
 
@@ -441,7 +442,7 @@ def test_a_run_that_is_killed_leaves_what_it_had(tmp_path):
     process = subprocess.Popen(
         command, stdout=log, stderr=log, start_new_session=True, env={**environment(), "OUT": str(tmp_path)}
     )
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    report = Report(tmp_path / RESULTS)
     end = time.monotonic() + 100
     try:
         while time.monotonic() < end and not any(row["part"] == "layers" for row in report.rows()):
@@ -472,8 +473,8 @@ def test_memcheck_is_run_where_it_is_and_heard(code, tmp_path, monkeypatch):
     tool.write_text(f'#!/bin/sh\necho "$@"\necho "Invalid __global__ read"\nexit {code}\n')
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    report = gpu.Report(tmp_path / gpu.RESULTS)
-    assert gpu.run_cases(report, "sanitizer", gpu._sanitizer(a_run(tmp_path)), a_run(tmp_path)) == (code > 0)
+    report = Report(tmp_path / RESULTS)
+    assert run_cases(report, "sanitizer", gpu._sanitizer(a_run(tmp_path)), a_run(tmp_path)) == (code > 0)
     assert report.rows()[0]["status"] == ("failed" if code else "passed")
     if code:
         assert "--tool memcheck --error-exitcode 9" in report.rows()[0]["why"]
@@ -483,8 +484,8 @@ def test_memcheck_is_run_where_it_is_and_heard(code, tmp_path, monkeypatch):
 def test_what_the_machine_lacks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     for part, what in (("sanitizer", "compute-sanitizer"), ("second GPU", "a second GPU")):
-        report = gpu.Report(tmp_path / gpu.RESULTS)
-        assert gpu.run_cases(report, part, gpu.PARTS[part].cases(a_run(tmp_path)), a_run(tmp_path)) == 0
+        report = Report(tmp_path / RESULTS)
+        assert run_cases(report, part, gpu.PARTS[part].cases(a_run(tmp_path)), a_run(tmp_path)) == 0
         assert report.rows()[-1]["status"] == "skipped"
         assert report.rows()[-1]["why"].startswith(f"absent: {what}")
 
@@ -505,7 +506,7 @@ def test_a_shard_goes_on_after_a_kernel_that_does_not_compile(tmp_path, monkeypa
 
 
 def test_the_times_name_every_layer_and_step_and_the_most_telling_come_first(tmp_path):
-    names = [name for name, _ in gpu.PARTS["times"].cases(gpu.Run(torch.device("cuda"), checks.FULL, 60.0, tmp_path))]
+    names = [name for name, _ in gpu.PARTS["times"].cases(Run(torch.device("cuda"), checks.FULL, 60.0, tmp_path))]
     order = [
         "roofs",
         "model: training step, paper, bfloat16, batch 128",
@@ -521,15 +522,15 @@ def test_the_times_name_every_layer_and_step_and_the_most_telling_come_first(tmp
 
 
 def test_rows_go_into_result_files_as_they_come_and_their_checks_count(tmp_path, monkeypatch):
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    report = Report(tmp_path / RESULTS)
     run = a_run(tmp_path)
     monkeypatch.setattr(checks, "layers", lambda *_: iter([("fc6", LAYERS["linear"])]))
     right = ops.dropout_linear
     monkeypatch.setattr(ops, "dropout_linear", lambda x, *rest: right(2 * x - x.detach(), *rest))
-    assert gpu.run_cases(report, "times", [("roofs", lambda: gpu._roofs(run))], run) == 0
+    assert run_cases(report, "times", [("roofs", lambda: gpu._roofs(run))], run) == 0
     measured = report.rows()[0]
     cases = gpu._timings("layers", CASE_PLAN._replace(roofs=lambda: gpu._measured_roofs(run)), run)
-    assert gpu.run_cases(report, "times", cases, run) == 1
+    assert run_cases(report, "times", cases, run) == 1
     kept = results.read(tmp_path / "layers.json", "layers")
     assert kept["roofs"]["copy_gbs"] == measured["copy_gbs"]  # measured once
     assert ["times" in row for row in kept["rows"]] == [True, False, True]

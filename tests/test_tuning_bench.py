@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alexnet_triton.bench import checks, gpu, results, tuning
+from alexnet_triton.bench.report import RESULTS, Report, Run, run_cases
 from alexnet_triton.configs import cache
 from alexnet_triton.kernels.config import LinearConfig, LinearProblem
 from alexnet_triton.kernels.target import TARGETS
@@ -47,17 +48,17 @@ def card(monkeypatch):
     monkeypatch.setattr(results, "envelope", lambda *rest: head)
     wrong = {"torchvision": 1.0, "paper": 0.01}
     monkeypatch.setattr(tuning.autotune, "reference_errors", lambda variant, *rest: {"logits": wrong[variant]})
-    monkeypatch.setattr(gpu, "_device_answers", lambda device: True)
+    monkeypatch.setattr("alexnet_triton.bench.report._device_answers", lambda device: True)
 
 
 def test_what_is_right_is_tuned_and_on_disk_at_once_and_what_is_wrong_is_not(card, tmp_path, monkeypatch):
-    report, run = gpu.Report(tmp_path / gpu.RESULTS), gpu.Run(torch.device("cuda"), checks.FULL, 60.0, tmp_path)
+    report, run = Report(tmp_path / RESULTS), Run(torch.device("cuda"), checks.FULL, 60.0, tmp_path)
     seen = []
     real = report.write
     monkeypatch.setattr(
         report, "write", lambda *what, **how: (seen.append((tmp_path / "configs.json").exists()), real(*what, **how))
     )
-    assert gpu.run_cases(report, "tuning", gpu.PARTS["tuning"].cases(run), run) == 1
+    assert run_cases(report, "tuning", gpu.PARTS["tuning"].cases(run), run) == 1
     rows = [(row["case"].replace(", bfloat16", ""), row["status"]) for row in report.rows()]
     expected = []
     for batch in (128, 1, 1024):
@@ -82,7 +83,7 @@ def test_the_parts_after_it_run_with_its_configs_and_a_run_without_it_keeps_them
     assert list(gpu.PARTS).index("tuning") < list(gpu.PARTS).index("times")
     started = []
     monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, env: started.append(env) or 1 / 0)
-    report = gpu.Report(tmp_path / gpu.RESULTS)
+    report = Report(tmp_path / RESULTS)
     with pytest.raises(ZeroDivisionError):
         gpu._run_part(report, "times", 0.0, "cuda")
     assert started[0]["ALEXNET_TRITON_CACHE"] == str(tmp_path)
@@ -94,7 +95,7 @@ def test_the_parts_after_it_run_with_its_configs_and_a_run_without_it_keeps_them
 
 
 def test_without_a_gpu_it_is_skipped_by_name(tmp_path):
-    report, run = gpu.Report(tmp_path / gpu.RESULTS), gpu.Run(torch.device("cpu"), checks.TINY, 60.0, tmp_path)
-    assert gpu.run_cases(report, "tuning", gpu.PARTS["tuning"].cases(run), run) == 0
+    report, run = Report(tmp_path / RESULTS), Run(torch.device("cpu"), checks.TINY, 60.0, tmp_path)
+    assert run_cases(report, "tuning", gpu.PARTS["tuning"].cases(run), run) == 0
     assert [row["why"] for row in report.rows()] == ["absent: a GPU whose kernels could be timed"]
     assert json.loads(report.path.read_text())["case"] == "configs of every launch"
