@@ -121,10 +121,10 @@ def conv_config(target: Target, dtype: torch.dtype, product: Product) -> ConvCon
     block_npq, (block_k, extra_k), splits = _cheapest(product, sizes, block_crs, target)
     # Where shared memory holds one program alone, all warps must be its own; and at four 128x64 spills on sm_120.
     alone = target.backend == "cuda" and target.shared_memory < 128 << 10
-    # Operands in registers let four warps spill: of float32 at any tile, of halves at 64x64, where ptxas keeps to 128
-    # registers so that four programs fit.
-    in_registers = target.backend == "cuda" and not _products_read_shared_memory(target)
-    crowded = in_registers and (full or (block_npq, block_k, extra_k) == (64, 64, 0))
+    # Four warps spill on NVIDIA's side: of float32 at any tile; of halves that go through registers at 64x64, where
+    # ptxas keeps to 128 registers so that four programs fit.
+    small = (block_npq, block_k, extra_k) == (64, 64, 0) and not _products_read_shared_memory(target)
+    crowded = target.backend == "cuda" and (full or small)
     warps = 8 if crowded or block_npq * (block_k + extra_k) >= 128 * (64 if alone else 128) else 4
     stages = _stages(target, dtype, (block_npq + block_k + extra_k) * block_crs)
     return ConvConfig(block_npq, block_k, extra_k, block_crs, warps, stages, splits)
