@@ -32,8 +32,9 @@ from alexnet_triton.bench.plans import device_of
 from alexnet_triton.bench.plots import files
 from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, summary
-from alexnet_triton.recipe.data import LabelledImages, decode, fit, read_image
+from alexnet_triton.recipe.data import LabelledImages
 from alexnet_triton.recipe.evaluate import Normalise
+from alexnet_triton.recipe.images import decode, fit, read_image
 
 PIXELS = (500, 375)
 """Width and height of the generated images: ImageNet's most common size."""
@@ -114,7 +115,7 @@ def generate(
     encoded = {form: [path.read_bytes() for path in of_form] for form, of_form in paths.items()}
     read = torch.stack([read_image(path, size) for path in paths["JPEG"]])
     data = LabelledImages("generated", read, torch.arange(images) % 10, tuple("0123456789"))
-    normalise = Normalise(*data.statistics()).to(device)
+    normalise = Normalise(*data.statistics()[:2]).to(device)
     return Material(drawn, paths, encoded, [decode(p) for p in paths["JPEG"]], data, normalise, batch, device)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from alexnet_triton.bench import data, results
 from alexnet_triton.cli import main
-from alexnet_triton.recipe.data import read_image
+from alexnet_triton.recipe.images import read_image
 
 CPU = torch.device("cpu")
 PIXELS = (64, 48)

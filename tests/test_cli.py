@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from alexnet_triton.cli import INIT_NAMES, VARIANT_NAMES, main
+from alexnet_triton.cli import main
+from alexnet_triton.cli.words import INIT_NAMES, VARIANT_NAMES
 from alexnet_triton.model import INITS
 from alexnet_triton.variants import VARIANTS
 

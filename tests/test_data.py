@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_triton.recipe.data import DataError, digits, image_folder, read_image, stratified_split
+from alexnet_triton.recipe.data import DataError, digits, stratified_split
+from alexnet_triton.recipe.images import image_folder, read_image
 
 
 def save(path, colour=(10, 20, 30), size=(40, 30), **options):
@@ -41,8 +42,8 @@ def test_split_holds_out_360_digits_of_all_classes_alike():
     assert (len(learn), len(held_out)) == (1437, 360)
     shares = torch.bincount(held_out.labels) / torch.bincount(digits(8).labels)
     assert (shares - 0.2).abs().max() < 0.006
-    rows = {image.numpy().tobytes() for image in learn.images}
-    assert sum(image.numpy().tobytes() in rows for image in held_out.images) == 0
+    rows = {image.numpy().tobytes() for image in learn.read(torch.arange(len(learn)))}
+    assert sum(image.numpy().tobytes() in rows for image in held_out.read(torch.arange(len(held_out)))) == 0
 
 
 def test_split_follows_its_seed_and_leaves_torchs_alone():
@@ -53,7 +54,8 @@ def test_split_follows_its_seed_and_leaves_torchs_alone():
     torch.manual_seed(1)
     assert torch.equal(first, torch.rand(1))
     assert torch.equal(splits[0], splits[1])
-    assert not torch.equal(stratified_split(data, 0.2, 0)[1].images, stratified_split(data, 0.2, 1)[1].images)
+    first, other = (stratified_split(data, 0.2, seed)[1].rows for seed in (0, 1))
+    assert not torch.equal(first, other)
     for share in (0, 1, -0.1):
         with pytest.raises(ValueError, match=r"\(0, 1\), got"):
             stratified_split(data, share)

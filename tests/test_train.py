@@ -29,7 +29,7 @@ def small():
 def fit(model, path, data=None, augment=None, **settings):
     data = data or patterns()
     options = {"epochs": 3, "batch_size": 16, "lr": 0.01, **settings}
-    normalise = Normalise(*data.statistics())
+    normalise = Normalise(*data.statistics()[:2])
     return train(model, data, data, normalise, Settings(**options), path, augment, progress=False)
 
 

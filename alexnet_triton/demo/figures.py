@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from alexnet_triton.recipe.data import LabelledImages
+from alexnet_triton.recipe.data import ImageSet
 from alexnet_triton.recipe.train import History
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
@@ -62,7 +62,7 @@ def confusion(matrix: Tensor, classes: tuple[str, ...], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def guesses(data: LabelledImages, logits: Tensor, chosen: list[int], path: Path) -> None:
+def guesses(data: ImageSet, logits: Tensor, chosen: list[int], path: Path) -> None:
     """Images with their best guesses as bars: the true class in blue, others in orange."""
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -73,7 +73,7 @@ def guesses(data: LabelledImages, logits: Tensor, chosen: list[int], path: Path)
     best = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
     for place, index in enumerate(chosen):
         picture, bars = grid[place // columns][2 * (place % columns) : 2 * (place % columns) + 2]
-        picture.imshow(data.images[index].permute(1, 2, 0).numpy())
+        picture.imshow(data.read(torch.tensor([index]))[0].permute(1, 2, 0).numpy())
         truth = int(data.labels[index])
         right = int(best.indices[index, 0]) == truth
         title = _short(data.classes[truth]) + ("" if right else "  (wrong)")

@@ -22,8 +22,9 @@ from alexnet_triton.demo.page import write_page
 from alexnet_triton.fusion import unfuse
 from alexnet_triton.info import layer_table
 from alexnet_triton.model import AlexNet
-from alexnet_triton.recipe.data import LabelledImages, digits, image_folder, stratified_split
+from alexnet_triton.recipe.data import ImageSet, digits, stratified_split
 from alexnet_triton.recipe.evaluate import Normalise, accuracy, confusion_matrix, predict
+from alexnet_triton.recipe.images import image_folder
 from alexnet_triton.recipe.train import Augmentation, History, Interrupted, Settings, train
 from alexnet_triton.variants import VARIANTS
 
@@ -62,13 +63,15 @@ def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(options.seed)
     learn, held_out = stratified_split(_load(options, progress), 0.2, options.seed)
-    normalise = Normalise(*learn.statistics()).to(device)
+    normalise = Normalise(*learn.statistics()[:2]).to(device)
     model = AlexNet(len(learn.classes), variant=options.variant, init=options.init).to(device)
     print(
         f"AlexNet ({options.variant}) on {learn.name}: {len(learn):,} images to learn from, {len(held_out):,} "
         f"held out, {len(learn.classes)} classes, on {device}; Ctrl-C stops and keeps {checkpoint}"
     )
-    model.get_feature_vector(normalise(learn.images[:1].to(device)))  # what does not fit is said before any work
+    model.get_feature_vector(
+        normalise(learn.read(torch.arange(1)).to(device))
+    )  # what does not fit is said before any work
     born = model.get_parameter("features.0.weight").detach().clone()
     settings = Settings(options.epochs, options.batch_size, options.lr, seed=options.seed)
     augment = _augmentation(options)
@@ -90,7 +93,7 @@ def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _draw(
-    out: Path, model: AlexNet, born: Tensor, held_out: LabelledImages, logits: Tensor, history: History, seed: int
+    out: Path, model: AlexNet, born: Tensor, held_out: ImageSet, logits: Tensor, history: History, seed: int
 ) -> None:
     figures.curves(history, out / "curves.png")
     figures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
@@ -103,8 +106,8 @@ def _draw(
 def _metrics(
     options: DemoOptions,
     model: AlexNet,
-    learn: LabelledImages,
-    held_out: LabelledImages,
+    learn: ImageSet,
+    held_out: ImageSet,
     logits: Tensor,
     settings: Settings,
     history: History,
@@ -119,8 +122,8 @@ def _metrics(
             "learned_from": len(learn),
             "held_out": len(held_out),
             "classes": len(learn.classes),
-            "image_size": learn.images.shape[-1],
-            "grey": bool((learn.images == learn.images[:, :1]).all()),
+            "image_size": learn.size,
+            "grey": _is_grey(learn),
         },
         "accuracy": accuracy(logits, held_out.labels),
         "top5_accuracy": accuracy(logits, held_out.labels, 5),
@@ -135,6 +138,11 @@ def _metrics(
     }
 
 
+def _is_grey(data: ImageSet) -> bool:
+    images = data.read(torch.arange(min(len(data), 256)))
+    return bool((images == images[:, :1]).all())
+
+
 def _made(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -143,7 +151,7 @@ def _made(out: Path) -> Path:
     return out
 
 
-def _load(options: DemoOptions, progress: bool) -> LabelledImages:
+def _load(options: DemoOptions, progress: bool) -> ImageSet:
     if options.data is None:
         return digits(options.image_size or 67)
     return image_folder(options.data, options.image_size or 128, progress=progress)
@@ -157,8 +165,8 @@ def _augmentation(options: DemoOptions) -> Augmentation | None:
     return v2.Compose([shift, v2.RandomHorizontalFlip()])
 
 
-def _layers(variant: str, data: LabelledImages) -> list[dict[str, Any]]:
-    rows = layer_table(variant, 1, len(data.classes), data.images.shape[-1])
+def _layers(variant: str, data: ImageSet) -> list[dict[str, Any]]:
+    rows = layer_table(variant, 1, len(data.classes), data.size)
     return [{**asdict(row), "output": list(row.output)} for row in rows]
 
 

@@ -1,48 +1,163 @@
-"""Images with labels, held in memory as bytes: scanned digits, or a folder of class folders."""
+"""Images with labels: what training and evaluation ask of them, wherever their bytes lie."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 class DataError(ValueError):
     """A data set that cannot be used; the message names the path and what to do."""
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images of one size with their classes."""
+class Statistics(NamedTuple):
+    """The colours of a set of images, of pixels scaled to [0, 1]; float32."""
 
-    name: str
-    images: Tensor
-    """(N, 3, S, S), uint8, RGB."""
-    labels: Tensor
-    """(N,), int64, indices into `classes`."""
-    classes: tuple[str, ...]
+    mean: Tensor
+    """(3,)."""
+    std: Tensor
+    """(3,), at least 1/255: a channel that is the same everywhere is not divided by zero."""
+    eigenvalues: Tensor
+    """(3,), of the covariance of R, G and B, the largest first; at least 0."""
+    eigenvectors: Tensor
+    """(3, 3): column i belongs to eigenvalue i, and its largest component is positive."""
+
+
+class ColourSums(NamedTuple):
+    """Sums over the pixels of images, exact, so that no order of adding them changes what comes of them."""
+
+    pixels: int
+    channels: Tensor
+    """(3,), int64: sums of R, G and B."""
+    products: Tensor
+    """(3, 3), int64: sums of their products."""
+
+    @staticmethod
+    def none() -> ColourSums:
+        """Of no images."""
+        return ColourSums(0, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64))
+
+    @staticmethod
+    def of(images: Tensor) -> ColourSums:
+        """Of images (N, 3, H, W), uint8."""
+        sums = ColourSums.none()
+        for image in images:
+            pixels = image.reshape(3, -1).double()  # sums of squares of bytes are exact up to 2^53
+            one = ColourSums(pixels.shape[1], pixels.sum(1).long(), (pixels @ pixels.t()).long())
+            sums += one
+        return sums
+
+    def __add__(self, other: ColourSums) -> ColourSums:  # type: ignore[override]
+        return ColourSums(self.pixels + other.pixels, self.channels + other.channels, self.products + other.products)
+
+    def statistics(self) -> Statistics:
+        """Mean, standard deviation and principal components."""
+        count = max(1, self.pixels)
+        mean = self.channels.double() / count
+        covariance = (self.products.double() / count - mean.outer(mean)) / 255**2
+        std = covariance.diagonal().clamp_min(0).sqrt().clamp_min(1 / 255)
+        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        return Statistics(*(t.float() for t in (mean / 255, std, values, vectors * largest.sign())))
+
+
+class ImageSet:
+    """Images of one size with their classes, read as bytes.
+
+    Attributes:
+        name: what to call it.
+        classes: names of the classes.
+        labels: (N,), int64, indices into `classes`.
+        size: S, side of the images in pixels.
+    """
+
+    def __init__(self, name: str, classes: tuple[str, ...], labels: Tensor, size: int) -> None:
+        self.name, self.classes, self.labels, self.size = name, classes, labels, size
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: Tensor) -> LabelledImages:
-        """The images at `indices`, in that order."""
-        return LabelledImages(self.name, self.images[indices], self.labels[indices], self.classes)
+    def read(self, indices: Tensor) -> Tensor:
+        """The images at `indices`: (B, 3, S, S), uint8, RGB, of any strides."""
+        raise NotImplementedError
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, (3,) and (3,), of pixels scaled to [0, 1]."""
-        pixels = self.images.double() / 255
-        deviation = pixels.std((0, 2, 3)).clamp_min(1e-3)
-        return pixels.mean((0, 2, 3)).float(), deviation.float()
+    def file_name(self, index: int) -> str:
+        """Where image `index` came from."""
+        return f"image {index}"
+
+    def statistics(self, indices: Tensor | None = None) -> Statistics:
+        """Of the images' colours, or of those at `indices` where they are cheaply had."""
+        raise NotImplementedError
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at `indices`, in that order."""
+        return Selection(self, indices, self.labels[indices], self.classes)
+
+    def with_classes(self, classes: tuple[str, ...]) -> ImageSet:
+        """The same images with the indices that their classes have in `classes`, those that a network was trained on.
+
+        Raises:
+            DataError: a class of an image is not among them.
+        """
+        if classes == self.classes:
+            return self
+        places = {name: place for place, name in enumerate(classes)}
+        used = self.labels.unique().tolist()
+        unknown = [self.classes[label] for label in used if self.classes[label] not in places]
+        if unknown:
+            raise DataError(
+                f"class {unknown[0]!r} of {self.name!r} is none of the {len(classes)} classes that were trained on"
+                f"{f', nor are {len(unknown) - 1} more' if len(unknown) > 1 else ''}: name the class folders alike"
+            )
+        table = torch.tensor([places.get(name, -1) for name in self.classes])
+        return Selection(self, torch.arange(len(self)), table[self.labels], classes)
+
+
+class Selection(ImageSet):
+    """Some images of a set, in an order of their own and with labels of their own; nothing is copied."""
+
+    def __init__(self, base: ImageSet, rows: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+        super().__init__(base.name, classes, labels, base.size)
+        self.base, self.rows = base, rows
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images at `indices`."""
+        return self.base.read(self.rows[indices])
+
+    def file_name(self, index: int) -> str:
+        """Where image `index` came from."""
+        return self.base.file_name(int(self.rows[index]))
+
+    def statistics(self, indices: Tensor | None = None) -> Statistics:
+        """Of these images' colours, where they are cheaply had."""
+        return self.base.statistics(self.rows if indices is None else self.rows[indices])
+
+
+class LabelledImages(ImageSet):
+    """Images in memory.
+
+    Args:
+        name: what to call them.
+        images: (N, 3, S, S), uint8, RGB.
+        labels: (N,), int64, indices into `classes`.
+        classes: names of the classes.
+    """
+
+    def __init__(self, name: str, images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> None:
+        super().__init__(name, classes, labels, images.shape[-1])
+        self.images = images
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images at `indices`."""
+        return self.images[indices]
+
+    def statistics(self, indices: Tensor | None = None) -> Statistics:
+        """Of the images' colours."""
+        return ColourSums.of(self.images if indices is None else self.images[indices]).statistics()
 
 
 def digits(size: int = 67) -> LabelledImages:
@@ -68,90 +183,7 @@ def digits(size: int = 67) -> LabelledImages:
     return LabelledImages("scikit-learn digits", images, labels, tuple(str(name) for name in bunch.target_names))
 
 
-def image_folder(folder: str | os.PathLike[str], size: int = 128, *, progress: bool = False) -> LabelledImages:
-    """Read a folder of class folders: `folder/CLASS/IMAGE`, of any format that Pillow reads.
-
-    Each image is turned upright (EXIF), made RGB, scaled so that its shorter side has `size` pixels, and
-    cropped to its centre. Hidden files are passed over. Memory: 3 * size^2 bytes an image.
-
-    Args:
-        folder: the folder; the names of its folders, sorted, are the classes.
-        size: side of the images in pixels.
-        progress: show a progress bar.
-
-    Raises:
-        DataError: the folder is missing or has fewer than two classes, a class has fewer than two images, or
-            a file is no image (its path is named).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"there is no folder of images at {str(folder)!r}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
-    if len(classes) < 2:
-        raise DataError(
-            f"{str(folder)!r} holds {len(classes)} class folders, and at least 2 are needed: put the images of "
-            "each class into a folder of their own"
-        )
-    files = []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.is_file() and not _hidden(path))
-        if len(found) < 2:
-            raise DataError(
-                f"{str(folder / name)!r} holds {len(found)} images, and at least 2 are needed: one to learn from "
-                "and one to hold out"
-            )
-        files += [(path, label) for path in found]
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for index, (path, _) in enumerate(tqdm(files, "reading images", unit="img", disable=not progress)):
-        images[index] = read_image(path, size)
-    return LabelledImages(folder.name, images, torch.tensor([label for _, label in files]), tuple(classes))
-
-
-def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Read one image as (3, size, size), uint8, RGB: upright, shorter side scaled to `size`, centre cropped.
-
-    Raises:
-        DataError: the file is no image, or is damaged.
-    """
-    return fit(decode(path), size)
-
-
-def decode(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
-    """Decode one image, of any format that Pillow reads: upright (EXIF) and RGB, on white where it is transparent.
-
-    Args:
-        source: its path, or a file of its bytes.
-
-    Raises:
-        DataError: it is no image, or is damaged.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            image = image.convert("RGBA" if _transparent(opened) else "RGB")
-    except Exception as error:
-        name = repr(str(source)) if isinstance(source, str | os.PathLike) else "what was given"
-        raise DataError(f"{name} is no image, or is damaged: remove it ({_first_line(error)})") from error
-    if image.mode == "RGBA":
-        backed = Image.new("RGB", image.size, "white")
-        backed.paste(image, mask=image.getchannel("A"))
-        image = backed
-    return image
-
-
-def fit(image: Image.Image, size: int) -> Tensor:
-    """An image as (3, size, size), uint8: its shorter side scaled to `size`, its centre cropped."""
-    from torchvision.transforms.v2 import functional as transform
-
-    image = transform.resize(image, [size], antialias=True)
-    return transform.pil_to_tensor(transform.center_crop(image, [size, size]))
-
-
-def stratified_split(data: LabelledImages, held_out: float, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+def stratified_split(data: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Split into images to learn from and images held out, each class in the same proportion.
 
     Args:
@@ -162,11 +194,18 @@ def stratified_split(data: LabelledImages, held_out: float, seed: int = 0) -> tu
 
     Raises:
         ValueError: `held_out` is outside (0, 1).
+        DataError: a class has one image alone, or none.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"the share to hold out must lie in (0, 1), got {held_out}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     members = [order[data.labels[order] == label] for label in range(len(data.classes))]
+    for name, member in zip(data.classes, members, strict=True):
+        if len(member) < 2:
+            raise DataError(
+                f"class {name!r} of {data.name!r} has {len(member)} images, and at least 2 are needed: one to learn "
+                "from and one to hold out"
+            )
     shares = [held_out * len(member) for member in members]
     counts = [min(max(1, int(share)), len(member) - 1) for share, member in zip(shares, members, strict=True)]
     wanted = -int(-held_out * len(data) // 1)
@@ -177,15 +216,3 @@ def stratified_split(data: LabelledImages, held_out: float, seed: int = 0) -> tu
     held = torch.cat([member[:count] for member, count in zip(members, counts, strict=True)])
     kept = torch.cat([member[count:] for member, count in zip(members, counts, strict=True)])
     return data.subset(kept), data.subset(held)
-
-
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
-
-
-def _transparent(image: object) -> bool:
-    return getattr(image, "mode", "") in ("RGBA", "LA", "PA") or "transparency" in getattr(image, "info", {})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alexnet_triton.recipe.data import LabelledImages
+from alexnet_triton.recipe.data import ImageSet
 
 
 class Normalise(nn.Module):
@@ -25,14 +25,14 @@ class Normalise(nn.Module):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: LabelledImages, normalise: nn.Module, batch_size: int = 64) -> Tensor:
+def predict(model: nn.Module, data: ImageSet, normalise: nn.Module, batch_size: int = 64) -> Tensor:
     """Logits (N, classes) of every image, on the CPU, in evaluation mode; the model's mode is put back."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        batches = data.images.split(batch_size)
-        return torch.cat([model(normalise(batch.to(device))).float().cpu() for batch in batches])
+        batches = torch.arange(len(data)).split(batch_size)
+        return torch.cat([model(normalise(data.read(batch).to(device))).float().cpu() for batch in batches])
     finally:
         model.train(training)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alexnet_triton.recipe.data import LabelledImages
+from alexnet_triton.recipe.data import ImageSet
 from alexnet_triton.recipe.evaluate import Normalise, accuracy, predict
 
 Augmentation = Callable[[Tensor], Tensor]
@@ -68,8 +68,8 @@ class History:
 
 def train(
     model: nn.Module,
-    learn: LabelledImages,
-    held_out: LabelledImages,
+    learn: ImageSet,
+    held_out: ImageSet,
     normalise: Normalise,
     settings: Settings,
     checkpoint: Path,
@@ -118,7 +118,7 @@ def train(
                 total=len(learn), desc=f"epoch {epoch}/{settings.epochs}", unit="img", disable=not progress
             ) as bar:
                 for indices in order.split(settings.batch_size):
-                    images, labels = learn.images[indices], learn.labels[indices].to(device)
+                    images, labels = learn.read(indices), learn.labels[indices].to(device)
                     if augment is not None:
                         images = torch.stack([augment(image) for image in images])
                     loss = F.cross_entropy(model(normalise(images.to(device))), labels)
@@ -159,7 +159,7 @@ def _diverged(what: str, history: History, settings: Settings, checkpoint: Path)
 def save_checkpoint(
     path: Path,
     model: nn.Module,
-    data: LabelledImages,
+    data: ImageSet,
     normalise: Normalise,
     settings: Settings,
     history: History,
@@ -175,7 +175,7 @@ def save_checkpoint(
         "classes": list(data.classes),
         "mean": normalise.mean.flatten(),
         "std": normalise.std.flatten(),
-        "image_size": data.images.shape[-1],
+        "image_size": data.size,
         "settings": asdict(settings),
         "history": asdict(history),
     }

@@ -1,0 +1,179 @@
+"""Image files: decoded to right RGB, and read from a folder of class folders."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from alexnet_triton.recipe.data import ColourSums, DataError, ImageSet, LabelledImages, Statistics
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
+    """Read one image as (3, size, size), uint8, RGB: upright, shorter side scaled to `size`, centre cropped.
+
+    Raises:
+        DataError: the file is no image, or is damaged.
+    """
+    return fit(decode(path), size)
+
+
+def decode(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Decode one image, of any format that Pillow reads: upright (EXIF) and RGB, on white where it is transparent.
+
+    Args:
+        source: its path, or a file of its bytes.
+
+    Raises:
+        DataError: it is no image, or is damaged.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            image = image.convert("RGBA" if _transparent(opened) else "RGB")
+    except Exception as error:
+        name = repr(str(source)) if isinstance(source, str | os.PathLike) else "what was given"
+        raise DataError(f"{name} is no image, or is damaged: remove it ({_first_line(error)})") from error
+    if image.mode == "RGBA":
+        backed = Image.new("RGB", image.size, "white")
+        backed.paste(image, mask=image.getchannel("A"))
+        image = backed
+    return image
+
+
+def fit(image: Image.Image, size: int) -> Tensor:
+    """An image as (3, size, size), uint8: its shorter side scaled to `size`, its centre cropped."""
+    from torchvision.transforms.v2 import functional as transform
+
+    image = transform.resize(image, [size], antialias=True)
+    return transform.pil_to_tensor(transform.center_crop(image, [size, size]))
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """The files of a folder of class folders, `folder/CLASS/IMAGE`; hidden ones are passed over."""
+
+    folder: Path
+    classes: tuple[str, ...]
+    """Names of the folders, sorted."""
+    files: tuple[str, ...]
+    """Paths in `folder`, with `/` between their parts, class by class, sorted."""
+    labels: Tensor
+    """(N,), int64, indices into `classes`."""
+
+
+def class_folders(folder: str | os.PathLike[str], least: int = 1) -> ClassFolders:
+    """Find the files of a folder of class folders.
+
+    Args:
+        folder: holds `CLASS/IMAGE`.
+        least: images that a class must have; the folder must have as many classes.
+
+    Raises:
+        DataError: the folder is missing, or has too few classes or too few images of one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of images at {str(folder)!r}")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
+    if len(classes) < least:
+        raise DataError(
+            f"{str(folder)!r} holds {len(classes)} class folders, and at least {least} are needed: put the images of "
+            "each class into a folder of their own"
+        )
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (folder / name).rglob("*") if path.is_file() and not _hidden(path))
+        if len(found) < least:
+            reason = "one to learn from and one to hold out" if least == 2 else "remove the folder, or fill it"
+            raise DataError(
+                f"{str(folder / name)!r} holds {len(found)} images, and at least {least} are needed: {reason}"
+            )
+        files += [path.relative_to(folder).as_posix() for path in found]
+        labels += [label] * len(found)
+    return ClassFolders(folder, tuple(classes), tuple(files), torch.tensor(labels))
+
+
+class FolderImages(ImageSet):
+    """Images that are decoded whenever they are read, as `read_image` does."""
+
+    SAMPLE = 1024
+    """Images whose colours are looked at, where there are more."""
+
+    def __init__(self, found: ClassFolders, size: int) -> None:
+        super().__init__(found.folder.name, found.classes, found.labels, size)
+        self.found = found
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Decode images: (B, 3, S, S), uint8.
+
+        Raises:
+            DataError: a file is no image (its path is named).
+        """
+        paths = [self.found.folder / self.found.files[index] for index in indices.tolist()]
+        images = [read_image(path, self.size) for path in paths]
+        return torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+
+    def file_name(self, index: int) -> str:
+        """The image's path in the folder."""
+        return self.found.files[index]
+
+    def statistics(self, indices: Tensor | None = None) -> Statistics:
+        """Of all the images, or, where they are many, of `SAMPLE` spread evenly among them."""
+        chosen = torch.arange(len(self)) if indices is None else indices
+        if len(chosen) > self.SAMPLE:
+            chosen = chosen[torch.linspace(0, len(chosen) - 1, self.SAMPLE, dtype=torch.float64).long()]
+        sums = ColourSums.none()
+        for part in chosen.split(16):
+            sums += ColourSums.of(self.read(part))
+        return sums.statistics()
+
+
+def image_folder(folder: str | os.PathLike[str], size: int = 128, *, progress: bool = False) -> LabelledImages:
+    """Read a folder of class folders: `folder/CLASS/IMAGE`, of any format that Pillow reads.
+
+    Each image is turned upright (EXIF), made RGB, scaled so that its shorter side has `size` pixels, and
+    cropped to its centre. Hidden files are passed over. Memory: 3 * size^2 bytes an image.
+
+    Args:
+        folder: the folder; the names of its folders, sorted, are the classes.
+        size: side of the images in pixels.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: the folder is missing or has fewer than two classes, a class has fewer than two images, or
+            a file is no image (its path is named).
+    """
+    data = FolderImages(class_folders(folder, least=2), size)
+    images = torch.empty(len(data), 3, size, size, dtype=torch.uint8)
+    for index in tqdm(range(len(data)), "reading images", unit="img", disable=not progress):
+        images[index] = data.read(torch.tensor([index]))[0]
+    return LabelledImages(data.name, images, data.labels, data.classes)
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".")
+
+
+def _transparent(image: object) -> bool:
+    return getattr(image, "mode", "") in ("RGBA", "LA", "PA") or "transparency" in getattr(image, "info", {})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
