@@ -29,6 +29,19 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: there is no such file, or it holds anything but tensors and plain types, or no state dict.
     """
+    content = read_file(path)
+    state_dict = state_dict_of(content)
+    if state_dict is None:
+        raise ValueError(f"{str(path)!r} holds no state dict (tensors by parameter name)")
+    return state_dict
+
+
+def read_file(path: str | os.PathLike[str]) -> Any:
+    """Read what `torch.save` or safetensors (by the ending) wrote, on the CPU, running no code that the file may hold.
+
+    Raises:
+        ValueError: there is no such file, or it holds anything but tensors and plain types.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file of weights at {str(path)!r}")
@@ -36,17 +49,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{str(path)!r} cannot be read as tensors and plain types: {cause}") from error
+
+
+def state_dict_of(content: Any) -> dict[str, Tensor] | None:
+    """The state dict that a file's content is, or holds under `"model"` or `"state_dict"`; None where it holds none."""
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
-        raise ValueError(f"{str(path)!r} holds no state dict (tensors by parameter name)")
+        return None
     return strip_prefixes(content)
 
 
@@ -132,7 +148,7 @@ def check_values(model: nn.Module, variant: str, theirs: Mapping[str, Any], save
         for key, value in theirs.items()
         if key in own and isinstance(value, Tensor) and value.shape != own[key].shape
     ]
-    is_of = saved_as or _variant_of(theirs)
+    is_of = saved_as or variant_of(theirs)
     head = [key for key in differing if key.startswith("classifier.6.")]
     if (saved_as is not None and saved_as != variant) or len(differing) > len(head):
         if is_of is not None and is_of != variant:
@@ -157,7 +173,7 @@ def check_values(model: nn.Module, variant: str, theirs: Mapping[str, Any], save
         )
 
 
-def _variant_of(state_dict: Mapping[str, Any]) -> str | None:
+def variant_of(state_dict: Mapping[str, Any]) -> str | None:
     """The variant whose shapes these are; "paper" and "caffe" share theirs, and the first is named."""
     shapes = [
         tuple(state_dict[f"features.{index}.weight"].shape[:2])
