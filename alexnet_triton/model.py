@@ -14,7 +14,14 @@ from alexnet_triton.fusion import FusedSequential
 from alexnet_triton.graphs import Graphed
 from alexnet_triton.layers import GroupedLocalResponseNorm
 from alexnet_triton.variants import PAPER_FORMULA, VARIANTS, Norm, Variant
-from alexnet_triton.weights import check_keys, check_values, is_published, published, read_state_dict
+from alexnet_triton.weights import (
+    check_keys,
+    check_values,
+    is_caffemodel,
+    is_published,
+    published,
+    read_state_dict,
+)
 
 __all__ = ["AlexNet", "alexnet"]
 
@@ -239,16 +246,16 @@ def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any)
             (`"DEFAULT"`, `"IMAGENET1K_V1"`), which torchvision downloads; or a path to a file (see
             `read_state_dict`), whose number of classes is taken over unless `num_classes` is given.
         progress: show the progress of a download.
-        **kwargs: of `AlexNet`; `variant` is `"torchvision"` unless given.
+        **kwargs: of `AlexNet`; `variant` is `"torchvision"` unless given, and `"caffe"` for a `.caffemodel`.
 
     Returns:
         The model, in training mode as torchvision's.
 
     Raises:
         ValueError: `weights` is neither a known name nor an existing file, or `num_classes` contradicts it.
-        RuntimeError: the weights are of another variant.
+        RuntimeError: the weights are of another variant, or of another network.
     """
-    kwargs.setdefault("variant", "torchvision")
+    kwargs.setdefault("variant", "caffe" if is_caffemodel(weights) else "torchvision")
     if "pretrained" in kwargs:
         warnings.warn("pretrained= is deprecated: pass weights='DEFAULT' or weights=None", stacklevel=2)
         weights = "DEFAULT" if kwargs.pop("pretrained") else weights

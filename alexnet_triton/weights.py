@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from alexnet_triton.caffe import read_caffemodel
 from alexnet_triton.variants import VARIANTS
 
 
@@ -17,8 +18,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a file, running no code that the file may hold.
 
     Takes what `torch.save` wrote of a state dict or of a checkpoint that holds one under `"model"` or
-    `"state_dict"`, and safetensors (by the ending `.safetensors`). The prefixes of wrappers are taken off
-    (see `strip_prefixes`).
+    `"state_dict"`, and by their endings safetensors (`.safetensors`) and Caffe's weights (`.caffemodel`, see
+    `alexnet_triton.caffe.read_caffemodel`). The prefixes of wrappers are taken off (see `strip_prefixes`).
 
     Args:
         path: the file.
@@ -28,6 +29,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         ValueError: there is no such file, or it holds anything but tensors and plain types, or no state dict.
+        RuntimeError: a caffemodel is of another network.
     """
     content = read_file(path)
     state_dict = state_dict_of(content)
@@ -37,14 +39,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_file(path: str | os.PathLike[str]) -> Any:
-    """Read what `torch.save` or safetensors (by the ending) wrote, on the CPU, running no code that the file may hold.
+    """Read what `torch.save` or, by the ending, safetensors or Caffe wrote, running no code that the file may hold.
+
+    Returns:
+        What the file holds, on the CPU; of a `.caffemodel` the state dict.
 
     Raises:
         ValueError: there is no such file, or it holds anything but tensors and plain types.
+        RuntimeError: a caffemodel is of another network.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file of weights at {str(path)!r}")
+    if is_caffemodel(path):
+        return read_caffemodel(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -64,6 +72,11 @@ def state_dict_of(content: Any) -> dict[str, Tensor] | None:
     if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
         return None
     return strip_prefixes(content)
+
+
+def is_caffemodel(weights: Any) -> bool:
+    """Whether `weights` is the path of weights that Caffe wrote, by its ending."""
+    return isinstance(weights, (str, os.PathLike)) and Path(weights).suffix == ".caffemodel"
 
 
 def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 STOREYS = [
     {"kernels"},
     {"reference", "variants", "stages", "configs"},
-    {"backend", "layers", "chain"},
+    {"backend", "layers", "chain", "caffe"},
     {"library"},
     {"ops"},
     {"fusion", "weights", "graphs"},
