@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alexnet_triton.caffe import MEAN_PIXEL, read_mean
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.data import DataError, ImageSet, Statistics
 from alexnet_triton.variants import VARIANTS
@@ -37,17 +37,14 @@ def imagenet_statistics() -> Statistics:
     return _statistics(torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
 
 
-def caffe_statistics(mean: Tensor) -> Statistics:
+def caffe_statistics(mean: Tensor | None = None) -> Statistics:
     """What Caffe's weights were trained with: a mean is taken from bytes, and nothing divides.
 
     Args:
-        mean: (3,), of bytes from 0 to 255, in RGB.
+        mean: (3,), of bytes from 0 to 255, in RGB; None takes `alexnet_triton.caffe.MEAN_PIXEL`.
     """
+    mean = torch.tensor(MEAN_PIXEL) if mean is None else mean
     return _statistics(mean.float() / 255, torch.full((3,), 1 / 255))
-
-
-CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
-"""Mean pixel of Caffe's `ilsvrc_2012_mean.npy`, in RGB, as its example of classification prints it."""
 
 
 @dataclass
@@ -113,7 +110,7 @@ class Trained:
         classes = _classes(content, state_dict, alone, name)
         model = _model(state_dict, found, None if alone else content.get("lrn"), len(classes), name)
         if alone:
-            statistics = caffe_statistics(torch.tensor(CAFFE_MEAN)) if found == "caffe" else imagenet_statistics()
+            statistics = caffe_statistics() if found == "caffe" else imagenet_statistics()
             return Trained(model, classes, statistics, SIZE, VARIANTS[found].image_size, named=False)
         crop = _pixels(content, "crop", content.get("image_size"), name)
         size = _pixels(content, "size", crop, name)
@@ -166,13 +163,12 @@ def load_trained(
     Raises:
         ValueError: there is no such file, or it is damaged, holds no AlexNet, or one of another variant; or `classes`
             are not as many as the network's, or two are alike; or `mean` is given for another variant.
+        RuntimeError: a caffemodel is of another network.
     """
     if is_published(source):
         trained = _published(str(source), variant)
     else:
-        name = repr(os.fspath(source))
-        asked = "caffe" if Path(source).suffix == ".caffemodel" and variant is None else variant
-        trained = Trained.from_content(read_file(source), name, asked)
+        trained = Trained.from_content(read_file(source), repr(os.fspath(source)), variant)
     if classes is not None:
         if len(classes) != len(trained.classes) or len(set(classes)) != len(classes):
             raise ValueError(
@@ -183,10 +179,10 @@ def load_trained(
     if mean is not None:
         if trained.model.variant != "caffe":
             raise ValueError(f"a mean file belongs to variant 'caffe', and the network is {trained.model.variant!r}")
-        from alexnet_triton.caffe import read_mean
-
         trained.statistics = caffe_statistics(read_mean(mean))
-    trained.model.to(device)
+    # On a GPU the kernels read filters channels-last, and then copy none of them.
+    format = torch.channels_last if torch.device(device or "cpu").type == "cuda" else torch.preserve_format
+    trained.model.to(device, memory_format=format)
     return trained
 
 
