@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet_triton.caffe import MEAN_PIXEL, read_mean
+from alexnet_triton.caffe import read_mean
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.data import DataError, ImageSet, Statistics
 from alexnet_triton.variants import VARIANTS
@@ -25,6 +25,10 @@ from alexnet_triton.weights import (
 
 SIZE = 256
 """Side of the images that the published networks were trained on, in pixels."""
+
+CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)
+"""R, G and B of the mean ImageNet image, of pixels from 0 to 255: what Caffe's examples subtract where they do not
+subtract the whole image (examples/00-classification.ipynb, which has them as B, G, R)."""
 
 
 def _statistics(mean: Tensor, std: Tensor) -> Statistics:
@@ -41,9 +45,9 @@ def caffe_statistics(mean: Tensor | None = None) -> Statistics:
     """What Caffe's weights were trained with: a mean is taken from bytes, and nothing divides.
 
     Args:
-        mean: (3,), of bytes from 0 to 255, in RGB; None takes `alexnet_triton.caffe.MEAN_PIXEL`.
+        mean: (3,), of bytes from 0 to 255, in RGB; None takes `CAFFE_MEAN`.
     """
-    mean = torch.tensor(MEAN_PIXEL) if mean is None else mean
+    mean = torch.tensor(CAFFE_MEAN) if mean is None else mean
     return _statistics(mean.float() / 255, torch.full((3,), 1 / 255))
 
 
