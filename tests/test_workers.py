@@ -1,4 +1,4 @@
-"""Processes that compile: what they give, what becomes of those that die, and that none outlives its parent."""
+"""Processes that compute: what they give, what becomes of those that die, and that none outlives its parent."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_triton.tuning.workers import WorkerDied, Workers
+from alexnet_triton.workers import WorkerDied, Workers
 
 
 def test_a_call_gives_its_answer_or_raises_what_it_raised():
@@ -43,7 +43,7 @@ def test_a_call_that_ends_its_process_costs_itself_alone():
 
 PARENT = """
 import os, time
-from alexnet_triton.tuning.workers import Workers
+from alexnet_triton.workers import Workers
 with Workers(2) as workers:
     print(*(workers.result(workers.submit(os.getpid)) for _ in range(4)), flush=True)
     task = workers.submit(time.sleep, 60)

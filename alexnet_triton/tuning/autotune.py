@@ -42,8 +42,8 @@ from alexnet_triton.tuning.trials import (
     rows,
     with_figures,
 )
-from alexnet_triton.tuning.workers import Task, WorkerDied, Workers
 from alexnet_triton.tuning.works import Work, works
+from alexnet_triton.workers import Task, WorkerDied, Workers
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Of the RMS error of a candidate's answer, against the default's."""

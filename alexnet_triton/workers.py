@@ -1,4 +1,4 @@
-"""Processes that compile: started once, deaf to Ctrl-C, gone when their parent is, and replaced where one dies."""
+"""Processes that compute: started once, deaf to Ctrl-C, gone when their parent is, and replaced where one dies."""
 
 from __future__ import annotations
 
