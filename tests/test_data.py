@@ -1,12 +1,16 @@
+import io
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from torchvision.transforms.v2 import functional as transform
 
 from alexnet_triton.recipe.data import DataError, digits, stratified_split
-from alexnet_triton.recipe.images import image_folder, read_image
+from alexnet_triton.recipe.images import BadImage, class_folders, decode, fit, image_folder, read_image
 
 
 def save(path, colour=(10, 20, 30), size=(40, 30), **options):
@@ -77,35 +81,133 @@ def test_folder_gives_classes_by_name_and_ignores_hidden_files(folder):
     assert data.images[0, :, 8, 8].tolist() == [10, 20, 30]
 
 
-def test_images_of_every_mode_come_out_as_upright_rgb(tmp_path):
-    grey16 = Image.fromarray(np.full((30, 40), 128 * 257, dtype=np.uint16))
-    cases = {
-        "grey.png": Image.new("L", (40, 30), 77),
-        "palette.png": Image.new("RGB", (40, 30), (200, 0, 0)).quantize(4),
-        "cmyk.jpg": Image.new("CMYK", (40, 30), (0, 0, 0, 0)),
-        "clear.png": Image.new("RGBA", (40, 30), (0, 0, 0, 0)),
-        "one.png": Image.new("1", (40, 30), 1),
-        "grey16.png": grey16,
-    }
-    expected = {
-        "grey.png": [77, 77, 77],
-        "palette.png": [200, 0, 0],
-        "cmyk.jpg": [255, 255, 255],
-        "clear.png": [255, 255, 255],
-        "one.png": [255, 255, 255],
-        "grey16.png": [128, 128, 128],
-    }
-    for name, image in cases.items():
-        image.save(tmp_path / name)
-        assert read_image(tmp_path / name, 8)[:, 4, 4].tolist() == expected[name], name
-    pixels = Image.new("RGB", (40, 20))
-    pixels.paste((255, 0, 0), (0, 0, 20, 20))
+def encoded(image, form, **options):
+    """An image as a file of a format; `image` may be the pixels of an RGB one."""
+    file = io.BytesIO()
+    if isinstance(image, tuple):
+        image = Image.new("RGB", (16, 16), image)
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def png(width, depth, kind, row, *chunks):
+    """A PNG file of one row, of those that Pillow does not write; chunks are (name, bytes)."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    every = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in every
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def words(*values):
+    return struct.pack(f">{len(values)}H", *values)
+
+
+def frames(*colours):
+    return [Image.new("RGB", (16, 16), colour) for colour in colours]
+
+
+GREY16 = Image.fromarray(np.full((16, 16), 128 * 257, dtype=np.uint16))
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8))
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+MODES = {
+    "grey": (encoded(Image.new("L", (16, 16), 77), "PNG"), (77, 77, 77)),
+    "1 bit": (encoded(Image.new("1", (16, 16), 1), "PNG"), WHITE),
+    "palette": (encoded(Image.new("RGB", (16, 16), (200, 0, 0)).quantize(4), "PNG"), (200, 0, 0)),
+    "palette, clear": (png(1, 8, 3, b"\1", (b"PLTE", bytes(6)), (b"tRNS", b"\xff\0")), WHITE),
+    "palette, opaque": (png(1, 8, 3, b"\1", (b"PLTE", bytes([0, 0, 0, *GREEN])), (b"tRNS", b"\0\xff")), GREEN),
+    "clear": (encoded(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG"), WHITE),
+    "half clear grey": (encoded(Image.new("LA", (16, 16), (100, 128)), "PNG"), (177, 177, 177)),
+    "half clear grey, 16 bits": (png(1, 16, 4, words(65535, 32768)), WHITE),
+    "a clear colour": (png(1, 8, 2, bytes(RED), (b"tRNS", words(*RED))), WHITE),
+    "a clear grey": (png(1, 8, 0, b"\7", (b"tRNS", words(7))), WHITE),
+    "grey, 16 bits": (encoded(GREY16, "PNG"), (128, 128, 128)),
+    "grey, 16 bits, rounded": (png(1, 16, 0, words(200 * 257 - 128)), (200, 200, 200)),
+    "white, 16 bits": (png(1, 16, 0, words(65535)), WHITE),
+    "a clear grey, 16 bits": (png(1, 16, 0, words(7), (b"tRNS", words(7))), WHITE),
+    "beside a clear grey, 16 bits": (png(1, 16, 0, words(7), (b"tRNS", words(8))), (0, 0, 0)),
+    "grey, 16 bits, TIFF": (encoded(GREY16, "TIFF"), (128, 128, 128)),
+    "RGB, 16 bits": (png(1, 16, 2, words(0, 65535, 128 * 257)), (0, 255, 128)),
+    "CMYK, as Adobe inverts it": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), RED),
+    "CMYK, white": (encoded(Image.new("CMYK", (16, 16)), "JPEG"), WHITE),
+    "CMYK, TIFF": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "TIFF"), RED),
+    "CMYK with a profile": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", icc_profile=SRGB), RED),
+    "first frame of a GIF": (encoded(RED, "GIF", save_all=True, append_images=frames(GREEN, WHITE)), RED),
+    "first frame of a PNG": (encoded(RED, "PNG", save_all=True, append_images=frames(GREEN)), RED),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_an_image_of_any_mode_comes_out_as_rgb(name):
+    file, expected = MODES[name]
+    image = decode(io.BytesIO(file))
+    assert image.mode == "RGB"
+    assert fit(image, 8)[:, 4, 4].tolist() == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"),
+    [
+        (1, (0, 0)),
+        (2, (2, 0)),
+        (3, (2, 1)),
+        (4, (0, 1)),
+        (5, (0, 0)),
+        (6, (1, 0)),
+        (7, (1, 2)),
+        (8, (0, 2)),
+        (99, (0, 0)),
+    ],
+)
+def test_an_image_is_turned_upright(orientation, corner):
+    pixels = Image.new("RGB", (3, 2))
+    pixels.putpixel((0, 0), WHITE)  # TIFF's and EXIF's tag 274 says where the stored corner belongs
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter: its left side is the top
-    pixels.save(tmp_path / "turned.png", exif=exif)
-    image = read_image(tmp_path / "turned.png", 20)
-    assert image[0, 2, 10] > 200
-    assert image[0, 17, 10] < 50
+    exif[274] = orientation
+    image = decode(io.BytesIO(encoded(pixels, "PNG", exif=exif)))
+    assert image.size == ((2, 3) if 5 <= orientation <= 8 else (3, 2))
+    white = [(x, y) for x in range(image.width) for y in range(image.height) if image.getpixel((x, y)) == WHITE]
+    assert white == [corner]
+
+
+@pytest.mark.parametrize("size", [(500, 375), (33, 200), (256, 256), (1, 500), (2, 3), (101, 67)])
+def test_an_image_is_scaled_and_cropped_as_torchvision_does(size):
+    drawn = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(drawn)
+    for side in (8, 67, 256):
+        expected = transform.center_crop(transform.resize(image, [side], antialias=True), [side, side])
+        assert torch.equal(fit(image, side), transform.pil_to_tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (png(4 * 10**8, 1, 0, b""), "decompression bomb"),
+        (encoded(Image.new("L", (20000, 1)), "PNG"), "which a shorter side of 256 would make 5120000x256"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point numbers"),
+        (encoded(NOISE, "PNG")[:5000], "truncated"),
+        (b"", "of no format that Pillow reads"),
+    ],
+    ids=("bomb", "line", "floating point", "cut short", "empty"),
+)
+def test_an_image_that_cannot_be_right_is_refused(file, reason, tmp_path):
+    (tmp_path / "a").write_bytes(file)
+    with pytest.raises(BadImage, match=f"a' is no image, or is damaged: remove it .*({reason})"):
+        read_image(tmp_path / "a", 256)
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_taken_for_a_bad_image(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_image(tmp_path / "nowhere", 8)
+
+
+def test_files_lie_in_any_depth_and_hidden_ones_nowhere(folder):
+    for path in ("cat/b/c.png", "cat/a.png", "cat/.thumbs/d.png", "cat/b/.e.png"):
+        save(folder / path)
+    assert class_folders(folder).files[:5] == ("cat/0.png", "cat/1.png", "cat/2.png", "cat/a.png", "cat/b/c.png")
+    assert class_folders(folder).labels.tolist() == [0] * 5 + [1] * 3
 
 
 def truncate(path):
@@ -128,8 +230,7 @@ def break_by_emptiness(folder):
 
 
 def break_by_truncation(folder):
-    noise = np.random.default_rng(0).integers(0, 255, (100, 100, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "dog" / "cut.jpg")
+    NOISE.save(folder / "dog" / "cut.jpg")
     truncate(folder / "dog" / "cut.jpg")
     return "cut.jpg"
 

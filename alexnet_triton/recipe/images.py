@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -17,48 +19,104 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class BadImage(DataError):
+    """A file that is no image, or is damaged.
+
+    Attributes:
+        name: what to call it.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} is no image, or is damaged: remove it ({self.reason})"
+
+
 def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
     """Read one image as (3, size, size), uint8, RGB: upright, shorter side scaled to `size`, centre cropped.
 
     Raises:
-        DataError: the file is no image, or is damaged.
+        BadImage: the file is no image, or is damaged, or its sides are too unlike.
+        OSError: the file cannot be read.
     """
-    return fit(decode(path), size)
+    image = decode(path)
+    try:
+        return fit(image, size)
+    except ValueError as error:
+        raise BadImage(repr(str(path)), str(error)) from error
 
 
 def decode(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     """Decode one image, of any format that Pillow reads: upright (EXIF) and RGB, on white where it is transparent.
 
+    Of several frames the first is taken; 16 bits become 8; colour profiles are passed over.
+
     Args:
         source: its path, or a file of its bytes.
 
     Raises:
-        DataError: it is no image, or is damaged.
+        BadImage: it is no image, is damaged, or has more than twice `PIL.Image.MAX_IMAGE_PIXELS` pixels, as a file
+            made to fill the memory has.
+        OSError: the file cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(source) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-                image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-            image = image.convert("RGBA" if _transparent(opened) else "RGB")
+            return _upright_rgb(opened)
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of what the file holds
+            raise
         name = repr(str(source)) if isinstance(source, str | os.PathLike) else "what was given"
-        raise DataError(f"{name} is no image, or is damaged: remove it ({_first_line(error)})") from error
-    if image.mode == "RGBA":
-        backed = Image.new("RGB", image.size, "white")
-        backed.paste(image, mask=image.getchannel("A"))
-        image = backed
-    return image
+        unknown = isinstance(error, UnidentifiedImageError)  # which would name the file once more
+        raise BadImage(name, "of no format that Pillow reads" if unknown else _first_line(error)) from error
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    if opened.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, and nothing says which of them is white")
+    image = ImageOps.exif_transpose(opened)
+    clear = opened.info.get("transparency")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+        wide = np.asarray(image.convert("I")).clip(0, 65535)
+        image = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(wide == clear, 0, 255).astype(np.uint8)))
+    elif clear is None and image.mode not in ("LA", "La", "PA", "RGBA", "RGBa"):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    backed = Image.new("RGB", image.size, "white")
+    backed.paste(image, mask=image.getchannel("A"))
+    return backed
 
 
 def fit(image: Image.Image, size: int) -> Tensor:
-    """An image as (3, size, size), uint8: its shorter side scaled to `size`, its centre cropped."""
-    from torchvision.transforms.v2 import functional as transform
+    """An image as (3, size, size), uint8: its shorter side scaled to `size`, its centre cropped.
 
-    image = transform.resize(image, [size], antialias=True)
-    return transform.pil_to_tensor(transform.center_crop(image, [size, size]))
+    The pixels are those of torchvision's `Resize(size)` and `CenterCrop(size)`.
+
+    Raises:
+        ValueError: one side is so much longer than the other that the image would be enlarged beyond
+            `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    from PIL import Image
+
+    shorter = min(image.size)
+    width, height = (size * side // shorter for side in image.size)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise ValueError(
+            f"of {image.width}x{image.height} pixels, which a shorter side of {size} would make {width}x{height}"
+        )
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -90,7 +148,7 @@ def class_folders(folder: str | os.PathLike[str], least: int = 1) -> ClassFolder
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder of images at {str(folder)!r}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry))
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
     if len(classes) < least:
         raise DataError(
             f"{str(folder)!r} holds {len(classes)} class folders, and at least {least} are needed: put the images of "
@@ -99,13 +157,13 @@ def class_folders(folder: str | os.PathLike[str], least: int = 1) -> ClassFolder
     files: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (folder / name).rglob("*") if path.is_file() and not _hidden(path))
+        found = _files(folder / name)
         if len(found) < least:
             reason = "one to learn from and one to hold out" if least == 2 else "remove the folder, or fill it"
             raise DataError(
                 f"{str(folder / name)!r} holds {len(found)} images, and at least {least} are needed: {reason}"
             )
-        files += [path.relative_to(folder).as_posix() for path in found]
+        files += [f"{name}/{file}" for file in found]
         labels += [label] * len(found)
     return ClassFolders(folder, tuple(classes), tuple(files), torch.tensor(labels))
 
@@ -167,12 +225,18 @@ def image_folder(folder: str | os.PathLike[str], size: int = 128, *, progress: b
     return LabelledImages(data.name, images, data.labels, data.classes)
 
 
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".")
+def _files(folder: Path) -> list[str]:
+    """The files in a folder and in those that it holds, sorted; a million take seconds."""
+    found: list[str] = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        inside = "" if Path(root) == folder else f"{Path(root).relative_to(folder).as_posix()}/"
+        found += [inside + name for name in files if not _hidden(name) and os.path.isfile(os.path.join(root, name))]
+    return sorted(found)
 
 
-def _transparent(image: object) -> bool:
-    return getattr(image, "mode", "") in ("RGBA", "LA", "PA") or "transparency" in getattr(image, "info", {})
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _first_line(error: Exception) -> str:
