@@ -16,6 +16,7 @@ from PIL import Image
 
 from alexnet_triton import alexnet
 from alexnet_triton.demo import figures, run
+from alexnet_triton.recipe import pictures
 from alexnet_triton.recipe.data import LabelledImages
 from alexnet_triton.recipe.train import History
 
@@ -148,10 +149,10 @@ def draw_all(path: Path, classes: int, count: int):
     data = LabelledImages("x", torch.zeros(count, 3, 8, 8).to(torch.uint8), torch.arange(count) % classes, names)
     logits = torch.randn(count, classes)
     figures.curves(History([1.0], [1.0], [1.0], [0.5], 1.0), path / "curves.png")
-    figures.confusion(torch.eye(classes).long(), names, path / "confusion.png")
+    pictures.confusion(torch.eye(classes).long(), names, path / "confusion.png")
     figures.guesses(data, logits, figures.choose(count), path / "guesses.png")
-    figures.filters(torch.randn(5, 3, 11, 11), path / "filters.png")
-    figures.filters(torch.zeros(5, 3, 11, 11), path / "learned.png")
+    pictures.filters(torch.randn(5, 3, 11, 11), path / "filters.png")
+    pictures.filters(torch.zeros(5, 3, 11, 11), path / "learned.png")
 
 
 @pytest.mark.parametrize(("classes", "count"), [(2, 1), (3, 5), (120, 300)])

@@ -1,4 +1,4 @@
-"""The pictures of the page, each written to one PNG file."""
+"""The pictures that the page alone has, each written to one PNG file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from alexnet_triton.recipe.data import ImageSet
+from alexnet_triton.recipe.pictures import short
 from alexnet_triton.recipe.train import History
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
@@ -39,29 +40,6 @@ def curves(history: History, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def confusion(matrix: Tensor, classes: tuple[str, ...], path: Path) -> None:
-    """True classes by guessed classes, in images; numbers where they can be read."""
-    count = len(classes)
-    side = min(12.0, max(4.5, 0.5 * count + 1.5))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    shares = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    if count <= 20:
-        for row in range(count):
-            for column in range(count):
-                number = int(matrix[row, column])
-                if number:
-                    colour = "white" if shares[row, column] > 0.5 else "black"
-                    axes.text(column, row, str(number), ha="center", va="center", color=colour, fontsize=9)
-    labels = [_short(name) for name in classes]
-    axes.set(xlabel="guessed", ylabel="true", title="Held-out images: true class by best guess")
-    ticks = range(0, count, max(1, count // 40))
-    axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=0 if max(map(len, labels)) < 4 else 90)
-    axes.set_yticks(ticks, [labels[i] for i in ticks])
-    figure.savefig(path, dpi=120)
-
-
 def guesses(data: ImageSet, logits: Tensor, chosen: list[int], path: Path) -> None:
     """Images with their best guesses as bars: the true class in blue, others in orange."""
     columns = min(4, len(chosen))
@@ -76,7 +54,7 @@ def guesses(data: ImageSet, logits: Tensor, chosen: list[int], path: Path) -> No
         picture.imshow(data.read(torch.tensor([index]))[0].permute(1, 2, 0).numpy())
         truth = int(data.labels[index])
         right = int(best.indices[index, 0]) == truth
-        title = _short(data.classes[truth]) + ("" if right else "  (wrong)")
+        title = short(data.classes[truth]) + ("" if right else "  (wrong)")
         picture.set_title(title, fontsize=9, color="black" if right else ORANGE)
         _bars(bars, best.values[index], [int(i) for i in best.indices[index]], truth, data.classes)
     figure.savefig(path, dpi=120)
@@ -85,25 +63,10 @@ def guesses(data: ImageSet, logits: Tensor, chosen: list[int], path: Path) -> No
 def _bars(axes: Axes, shares: Tensor, labels: list[int], truth: int, classes: tuple[str, ...]) -> None:
     axes.axis("on")
     axes.barh(range(len(labels)), shares.tolist(), color=[BLUE if label == truth else ORANGE for label in labels])
-    axes.set_yticks(range(len(labels)), [_short(classes[label]) for label in labels], fontsize=8)
+    axes.set_yticks(range(len(labels)), [short(classes[label]) for label in labels], fontsize=8)
     axes.set(xlim=(0, 1), xticks=[])
     axes.invert_yaxis()
     _plain(axes)
-
-
-def filters(weight: Tensor, path: Path) -> None:
-    """The first layer's filters (K, 3, R, S) as colour pictures, each scaled to its own range."""
-    weight = weight.detach().float().cpu()
-    low = weight.amin((1, 2, 3), keepdim=True)
-    scaled = (weight - low) / (weight.amax((1, 2, 3), keepdim=True) - low).clamp_min(1e-12)
-    columns = 16
-    figure = Figure(figsize=(10, 0.66 * -(-len(scaled) // columns)), layout="constrained")
-    grid = figure.subplots(-(-len(scaled) // columns), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, picture in zip(grid.flat, scaled, strict=False):
-        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-    figure.savefig(path, dpi=120)
 
 
 def choose(count: int, number: int = 12, seed: int = 0) -> list[int]:
@@ -113,7 +76,3 @@ def choose(count: int, number: int = 12, seed: int = 0) -> list[int]:
 
 def _plain(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else name[:13] + "…"

@@ -22,6 +22,7 @@ from alexnet_triton.demo.page import write_page
 from alexnet_triton.fusion import unfuse
 from alexnet_triton.info import layer_table
 from alexnet_triton.model import AlexNet
+from alexnet_triton.recipe import pictures
 from alexnet_triton.recipe.data import ImageSet, digits, stratified_split
 from alexnet_triton.recipe.evaluate import Normalise, accuracy, confusion_matrix, predict
 from alexnet_triton.recipe.images import image_folder
@@ -96,11 +97,11 @@ def _draw(
     out: Path, model: AlexNet, born: Tensor, held_out: ImageSet, logits: Tensor, history: History, seed: int
 ) -> None:
     figures.curves(history, out / "curves.png")
-    figures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
+    pictures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
     figures.guesses(held_out, logits, figures.choose(len(held_out), seed=seed), out / "guesses.png")
     first = model.get_parameter("features.0.weight")
-    figures.filters(first, out / "filters.png")
-    figures.filters(first - born, out / "learned.png")
+    pictures.filters(first, out / "filters.png")
+    pictures.filters(first - born, out / "learned.png")
 
 
 def _metrics(
