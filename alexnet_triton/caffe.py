@@ -18,10 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEAN_PIXEL = (122.67891434, 116.66876762, 104.00698793)
-"""R, G and B of the mean ImageNet image, of pixels from 0 to 255: what Caffe's examples subtract where they do not
-subtract the whole image (examples/00-classification.ipynb, which has them as B, G, R)."""
-
 _LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
     "conv1": ("features.0", (96, 3, 11, 11)),
     "conv2": ("features.3", (256, 48, 5, 5)),
@@ -39,8 +35,9 @@ def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights of bvlc_alexnet, or of a network trained from it, for `AlexNet(variant="caffe")`.
 
     Both formats are read, `layers` (until 2014, and bvlc_alexnet.caffemodel itself) and `layer`. conv1 is turned
-    from Caffe's B, G, R to R, G, B, so that the network takes RGB images: pixels from 0 to 255 less `MEAN_PIXEL`
-    or `read_mean`. The file is mapped, not loaded: memory holds the parameters once.
+    from Caffe's B, G, R to R, G, B, so that the network takes RGB images: pixels from 0 to 255, less the mean of the
+    training images (see `read_mean`). Groups, and the order in which fc6 takes the maps, are torch's as they are.
+    The file is mapped, so that what is allocated is the parameters alone.
 
     Args:
         path: a binary NetParameter (`.caffemodel`).
