@@ -11,6 +11,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["ALEXNET_TRITON_BACKEND"] = "reference"
 
+import fashion as fashion_reader
 import kernel_cases
 import plain
 import pytest
@@ -58,3 +59,12 @@ def pair():
 @pytest.fixture
 def channels_last_always(monkeypatch):
     monkeypatch.setattr("alexnet_triton.fusion.CHANNELS_LAST_PIXELS", 0)
+
+
+@pytest.fixture
+def fashion():
+    """Reader of Fashion-MNIST, `fashion(train)`; a test of it is skipped, by name, where it is not installed."""
+    read = functools.partial(fashion_reader.fashion_mnist, folder=fashion_reader.FOLDER)
+    if read(False) is None:
+        pytest.skip(fashion_reader.NOT_INSTALLED)
+    return read
