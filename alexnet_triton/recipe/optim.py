@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alexnet_triton.backend import takes_triton
+
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
 CHUNK = 1 << 18
@@ -83,8 +85,10 @@ class KrizhevskySGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         updates = self._updates()
-        for update in updates:
-            _update(update)
+        kinds = _kinds(updates)
+        by_kernel = [_have_kernel(kind) for kind in kinds]  # a refusal comes before the first change
+        for kind, kernel in zip(kinds, by_kernel, strict=True):
+            _update_all(kind, kernel)
         torch.autograd.graph.increment_version(update.parameter for update in updates)
         return loss
 
@@ -97,7 +101,7 @@ class KrizhevskySGD(torch.optim.Optimizer):
             ValueError: the parameter is not this optimizer's.
         """
         self._own(parameter)
-        return self._state_of(parameter).get("master", parameter.detach())
+        return self._state_of(parameter)["master"] if parameter.dtype in HALF else parameter.detach()
 
     @torch.no_grad()
     def set_master(self, parameter: Tensor, values: Tensor) -> None:
@@ -131,16 +135,20 @@ class KrizhevskySGD(torch.optim.Optimizer):
         """
         final: dict[str, Any] = {}  # as the user's own hooks leave it, which run before this one
         handle = self.register_load_state_dict_pre_hook(lambda _, state: final.update(state))
+        before = self.state, self.param_groups
         try:
             super().load_state_dict(state_dict)
+            # torch has cast the state to the parameters' dtypes, and shares what it has not cast.
+            numbers = [number for group in final["param_groups"] for number in group["params"]]
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            for number, parameter in zip(numbers, parameters, strict=True):
+                if number in final["state"]:
+                    self.state[parameter] = _copied(final["state"][number], parameter)
+        except ValueError:
+            self.state, self.param_groups = before
+            raise
         finally:
             handle.remove()
-        # torch has cast the state to the parameters' dtypes, and shares what it has not cast.
-        numbers = [number for group in final["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            if number in final["state"]:
-                self.state[parameter] = _copied(final["state"][number], parameter)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -155,6 +163,11 @@ class KrizhevskySGD(torch.optim.Optimizer):
         """The parameter's state, which is made where it is missing."""
         state: dict[str, Tensor] = self.state[parameter]
         if "velocity" not in state:
+            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a CUDA graph that holds a parameter's first step would set its velocity to zero whenever it is "
+                    "replayed: take one step before the capture"
+                )
             state["velocity"] = torch.zeros_like(parameter, dtype=_state_dtype(parameter), requires_grad=False)
         if "master" not in state and parameter.dtype in HALF:
             state["master"] = parameter.detach().to(torch.float32)
@@ -210,10 +223,10 @@ def biases_apart(
 
 def _check(group: Mapping[str, Any]) -> None:
     lr, momentum, decay, multiple = (group[name] for name in ("lr", "momentum", "weight_decay", "lr_mult"))
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"lr must be one real number, got a tensor {tuple(lr.shape)} of {lr.dtype}")
-    elif not 0 <= lr < math.inf:
+    if isinstance(lr, Tensor) and (lr.numel() != 1 or not lr.is_floating_point()):
+        raise ValueError(f"lr must be one real number, got a tensor {tuple(lr.shape)} of {lr.dtype}")
+    on_gpu = isinstance(lr, Tensor) and lr.device.type != "cpu"  # reading it would wait for the GPU
+    if not on_gpu and not 0 <= lr < math.inf:
         raise ValueError(f"lr must be at least 0 and finite, got {lr}")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
@@ -268,35 +281,103 @@ class Update(NamedTuple):
     group: dict[str, Any]
 
 
+def _kinds(updates: Iterable[Update]) -> list[list[Update]]:
+    """The updates by device and dtypes."""
+    kinds: dict[tuple[Any, ...], list[Update]] = {}
+    for update in updates:
+        parameter, gradient, weight, _, _ = update
+        kinds.setdefault((weight.device, parameter.dtype, gradient.dtype), []).append(update)
+    return list(kinds.values())
+
+
+def _have_kernel(updates: list[Update]) -> bool:
+    """Whether a kernel can do updates of one kind; raises as `takes_triton`."""
+    one = updates[0]
+    return all(takes_triton("KrizhevskySGD.step", tensor) for tensor in (one.weight, one.gradient))
+
+
+def _update_all(updates: list[Update], by_kernel: bool) -> None:
+    """Do updates of one kind."""
+    alike, others = [], []
+    for update in updates:
+        (alike if _lie_alike(update) else others).append(update)
+    if alike and by_kernel:
+        _launch(alike)
+    else:
+        for update in alike:
+            # Without momentum torch's fused step has no velocity.
+            fused = update.weight.device.type == "cpu" and update.group["momentum"]
+            (_update_fused if fused else _update)(update)
+    for update in others:
+        _update(update)
+
+
+def _launch(updates: list[Update]) -> None:
+    """Updates of one kind, whose tensors lie alike, by the kernel."""
+    from alexnet_triton.kernels import sgd
+    from alexnet_triton.library import on_device
+
+    groups = list({id(update.group): update.group for update in updates}.values())
+    rows = {id(group): row for row, group in enumerate(groups)}
+    steps = []
+    for parameter, gradient, weight, velocity, group in updates:
+        copy = None if weight is parameter else parameter
+        steps.append(sgd.Step(gradient, weight, velocity, copy, rows[id(group)]))
+    device = updates[0].weight.device
+    with on_device(updates[0].weight):
+        sgd.sgd(steps, _rates(groups, device))
+
+
+def _rates(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
+    """Rate, momentum and decay of each group, (groups, 3); a rate that is a tensor of a GPU is not read back."""
+    from alexnet_triton.kernels import sgd
+
+    numbers: list[float] = []
+    tensors: list[tuple[int, Tensor]] = []
+    for row, group in enumerate(groups):
+        rate = _rate(group, device)
+        if isinstance(rate, Tensor):
+            tensors.append((row, rate))
+            rate = 0.0
+        numbers += [rate, float(group["momentum"]), float(group["weight_decay"])]
+    rates = sgd.on_device(tuple(numbers), torch.float32, device).view(-1, 3)
+    if tensors:
+        rates = rates.clone()
+        for row, rate in tensors:
+            rates[row, 0].copy_(rate)
+    return rates
+
+
+def _rate(group: Mapping[str, Any], device: torch.device) -> float | Tensor:
+    """A group's rate on `device`: a number, or a tensor that is not read."""
+    lr, multiple = group["lr"], group["lr_mult"]
+    if isinstance(lr, Tensor) and not (lr.device.type == "cpu" != device.type):
+        return lr.to(device).reshape(()) * multiple
+    return float(lr) * multiple
+
+
 def _update(update: Update) -> None:
-    """Equations 9 and 10, in plain PyTorch."""
+    """Equations 9 and 10, in plain PyTorch, whatever the tensors."""
     parameter, gradient, weight, velocity, group = update
-    lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-    on_cpu = weight.device.type == "cpu"
-    if isinstance(lr, Tensor) and (on_cpu or lr.device.type == "cpu"):
-        lr = float(lr)
-    if on_cpu and momentum and _lie_alike(update):
-        _update_fused(update, lr * group["lr_mult"])
-        return
-    velocity.mul_(momentum)
-    if isinstance(lr, Tensor):
-        rate = lr.reshape(()) * group["lr_mult"]
+    rate, decay = _rate(group, weight.device), group["weight_decay"]
+    velocity.mul_(group["momentum"])
+    if isinstance(rate, Tensor):
         velocity.addcmul_(weight, rate, value=-decay).addcmul_(gradient, rate, value=-1)
     else:
-        rate = lr * group["lr_mult"]
         velocity.add_(weight, alpha=-decay * rate).add_(gradient, alpha=-rate)
     weight.add_(velocity)
     if weight is not parameter:
         parameter.copy_(weight)
 
 
-def _update_fused(update: Update, rate: float) -> None:
-    """As `_update`, each number read and written once.
+def _update_fused(update: Update) -> None:
+    """As `_update`, on a CPU, each number read and written once.
 
     torch's fused step is b = m b + (1 - dampening) (decay w - g) and w = w - lr b where it maximises. With a rate of
     -1, a decay of -lambda and a dampening of 1 - epsilon that is this rule, and b the velocity.
     """
     momentum, decay = update.group["momentum"], update.group["weight_decay"]
+    rate = float(_rate(update.group, update.weight.device))
     parameter, gradient, weight, velocity = (_memory(tensor) for tensor in update[:4])
     size = CHUNK if gradient.dtype != weight.dtype else max(1, weight.numel())
     chunks = zip(*(tensor.split(size) for tensor in (parameter, gradient, weight, velocity)), strict=True)
@@ -311,11 +392,16 @@ def _update_fused(update: Update, rate: float) -> None:
 
 def _lie_alike(update: Update) -> bool:
     """Whether the update's tensors hold their elements densely and in the same order."""
-    strides = _strides(update.parameter)
+    parameter, gradient, weight, velocity, _ = update
+    if type(parameter) not in (Tensor, nn.Parameter) or type(gradient) is not Tensor or gradient.is_neg():
+        return False  # whose memory may hold something else than its elements
+    if parameter.is_contiguous() and gradient.is_contiguous():
+        return weight.is_contiguous() and velocity.is_contiguous()
+    strides = _strides(parameter)
     dense, step = True, 1
     for stride, size in sorted(strides):
         dense, step = dense and stride == step, step * size
-    return dense and all(_strides(tensor) == strides for tensor in update[1:4])
+    return dense and all(_strides(tensor) == strides for tensor in (gradient, weight, velocity))
 
 
 def _strides(tensor: Tensor) -> list[tuple[int, int]]:
