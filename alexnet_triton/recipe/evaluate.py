@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alexnet_triton.recipe.augment import Augment, centre, ten
+from alexnet_triton.recipe.augment import centre, ten
 from alexnet_triton.recipe.data import ImageSet
 from alexnet_triton.recipe.loader import Loader
 from alexnet_triton.recipe.trained import Trained
@@ -173,7 +173,7 @@ def log_probabilities(
     """
     device, size = loader.device, loader.data.size
     half = autocast_dtype(device) if amp else None
-    augments = [_augment(network, half) for network in networks]
+    augments = [network.augment(half) for network in networks]
     for network in networks:
         centre(0, size, network.crop)  # a crop that does not fit is refused before any image is read
     with _evaluating([network.model for network in networks]):
@@ -191,11 +191,6 @@ def log_probabilities(
 def autocast_dtype(device: torch.device) -> torch.dtype:
     """The half precision of mixed-precision evaluation: bfloat16, or float16 on a GPU that computes no bfloat16."""
     return torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-
-
-def _augment(network: Trained, half: torch.dtype | None) -> Augment:
-    dtype = half or next(network.model.parameters()).dtype
-    return Augment(network.statistics, network.crop, dtype)
 
 
 @contextmanager

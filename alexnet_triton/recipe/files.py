@@ -35,12 +35,13 @@ def new_file(path: Path) -> Iterator[Path]:
     check_new([path])
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        os.chmod(temporary, mode)  # as the system has it for new files, whatever a library made of it
         try:
             os.link(temporary, path)  # unlike a renaming, it fails where another file has come in between
-        except FileExistsError:
-            check_new([path])
-        except OSError:  # a file system without links
+        except OSError:  # as it does on a file system without links
             check_new([path])
             os.replace(temporary, path)
     finally:

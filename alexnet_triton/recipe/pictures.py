@@ -91,7 +91,7 @@ def _name(axes: Any, classes: tuple[str, ...], points: float) -> None:
     every = 1 if len(labels) <= NAMES_UP_TO else math.ceil(len(labels) / 60)
     ticks = range(0, len(labels), every)
     size = min(10.0, points / len(ticks))
-    upright = max(map(len, labels)) < 4 and len(ticks) <= 30
+    upright = 0.7 * size * max(map(len, labels)) < points / len(ticks)  # a letter is about as wide
     axes.set_xticks(ticks, [labels[i] for i in ticks], rotation=0 if upright else 90, fontsize=size)
     axes.set_yticks(ticks, [labels[i] for i in ticks], fontsize=size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from alexnet_triton.caffe import read_mean
 from alexnet_triton.model import AlexNet
+from alexnet_triton.recipe.augment import Augment
 from alexnet_triton.recipe.data import DataError, ImageSet, Statistics
 from alexnet_triton.variants import VARIANTS
 from alexnet_triton.weights import (
@@ -122,6 +124,10 @@ class Trained:
             raise ValueError(f"{name} is damaged: its crop of {crop} pixels is larger than its images of {size}")
         return Trained(model, classes, _colours(content, name), size, crop, content.get("named") is not False)
 
+    def augment(self, dtype: torch.dtype | None = None) -> Augment:
+        """From images' bytes to this network's input, in `dtype`; None takes that of its parameters."""
+        return Augment(self.statistics, self.crop, dtype or next(self.model.parameters()).dtype)
+
     def labels(self, data: ImageSet) -> ImageSet:
         """The same images, with the indices that their classes have in this network.
 
@@ -188,6 +194,19 @@ def load_trained(
     format = torch.channels_last if torch.device(device or "cpu").type == "cuda" else torch.preserve_format
     trained.model.to(device, memory_format=format)
     return trained
+
+
+def read_names(path: str | os.PathLike[str]) -> list[str]:
+    """Names of classes from a text file, a line each; lines without any are passed over.
+
+    Raises:
+        ValueError: the file is missing, or is no text in UTF-8.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as names of classes, a line each: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _published(source: str, variant: str | None) -> Trained:
