@@ -179,8 +179,8 @@ def _fields(message: memoryview) -> _Fields:
     while at < len(message):
         key, at = _varint(message, at)
         number, wire_type = key >> 3, key & 7
-        if number == 0 or wire_type not in (0, 1, 2, 5):
-            raise ValueError(f"a field of number {number} and wire type {wire_type} is none of protobuf's")
+        if wire_type not in (0, 1, 2, 5):
+            raise ValueError(f"field {number} has wire type {wire_type}, which caffe.proto has not")
         value: int | memoryview
         if wire_type == 0:
             value, at = _varint(message, at)
@@ -229,8 +229,5 @@ def _integers(fields: _Fields, number: int) -> list[int]:
 
 
 def _floats(fields: _Fields, number: int, dtype: str) -> list[Any]:
-    """The numbers of a field, packed or one by one, as arrays over the file's bytes."""
-    parts = _messages(fields, number)
-    if any(len(part) % np.dtype(dtype).itemsize for part in parts):
-        raise ValueError(f"field {number} ends within a number")
-    return [np.frombuffer(part, dtype) for part in parts if len(part)]
+    """The numbers of a field, packed or one by one, as arrays over the file's bytes; ValueError at half a number."""
+    return [np.frombuffer(part, dtype) for part in _messages(fields, number) if len(part)]

@@ -327,29 +327,35 @@ def test_whatever_the_bytes_the_answer_is_a_network_or_one_sentence(small, file)
     assert refused > 40  # in the others a number or a name that is not looked at has changed
 
 
+def conv1_of(blob):
+    return message((2, v1_layer("conv1", [blob, blob])))
+
+
 OTHERS = {
-    "nothing": b"",
-    "a page": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>",
-    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 243862414\n",
-    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(90),
-    "zeros": bytes(64),
-    "a mean": legacy_blob(np.ones((3, 4, 4), np.float32)),
-    "a solver's state": message((1, 360_000), (2, "net.caffemodel")),
-    "a name alone": message((1, "AlexNet")),
-    "a layer that is a number": message((1, "AlexNet"), (2, 7)),
-    "an endless number": b"\x10" + b"\xff" * 20,
-    "half a float": message((2, v1_layer("conv1", [message((1, 1), (5, b"abc"))] * 2))),
-    "too few numbers": message((2, v1_layer("conv1", [message((1, 4), (5, bytes(16)))] * 2))),
-    "no numbers": message((2, v1_layer("conv1", [message((6, bytes(16)))] * 2))),
+    "nothing": (b"", "empty"),
+    "a page": (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>", "field 7 has wire type 4"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 243862414\n", "wire type 6"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(90), "it holds no layers"),
+    "zeros": (bytes(64), "it holds no layers"),
+    "a mean": (legacy_blob(np.ones((3, 4, 4), np.float32)), "field 2 holds an integer where a message is expected"),
+    "a solver's state": (message((1, 360_000), (2, "net.caffemodel")), "wire type 6"),
+    "a name alone": (message((1, "AlexNet")), "it holds no layers"),
+    "a layer that is a number": (message((1, "AlexNet"), (2, 7)), "field 2 holds an integer"),
+    "an endless number": (b"\x10" + b"\xff" * 20, "a number is longer than protobuf's 64 bits"),
+    "half a float": (conv1_of(message((1, 1), (5, b"abc"))), "multiple of element size"),
+    "too few numbers": (conv1_of(message((1, 4), (5, bytes(16)))), r"4 numbers .* shape \(4, 0, 0, 0\) says 0"),
+    "a negative size": (conv1_of(message((1, 2**64 - 4), (5, bytes(16)))), "4 numbers stand where shape"),
+    "no numbers": (conv1_of(message((6, bytes(16)))), r"0 numbers stand where shape \(\) says 1"),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_another_file_is_no_caffemodel(kind, file, monkeypatch):
     monkeypatch.setattr(caffe, "_LAYERS", {"conv1": ("features.0", (4, 3, 5, 5))})
+    content, reason = OTHERS[kind]
     for read in (read_caffemodel, read_state_dict, lambda path: alexnet(weights=path)):
-        with pytest.raises(ValueError, match="net.caffemodel' is not a caffemodel or is damaged: ") as caught:
-            read(file(OTHERS[kind]))
+        with pytest.raises(ValueError, match=f"' is not a caffemodel or is damaged: .*{reason}") as caught:
+            read(file(content))
         assert one_sentence(caught.value)
 
 

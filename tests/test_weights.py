@@ -1,3 +1,6 @@
+import zipfile
+from collections import OrderedDict
+
 import pytest
 import safetensors.torch
 import torch
@@ -141,6 +144,19 @@ def test_alexnet_reads_weights_from_files(form, tmp_path, pair):
         model = alexnet(weights=name)
         assert same_parameters(model, source)
         assert model.classifier[6].out_features == 10
+
+
+def test_torchvisions_file_of_before_2020_is_read(tmp_path, pair):
+    """alexnet-owt-4df8aa71.pth: no zip file, and of parameters. (7be5be79 is as `torch.save` writes them today.)"""
+    _, theirs = pair("torchvision")
+    path = tmp_path / "alexnet-owt-4df8aa71.pth"
+    torch.save(OrderedDict(theirs.named_parameters()), path, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(path)
+    state_dict = read_state_dict(path)
+    assert list(state_dict) == list(theirs.state_dict())
+    model = alexnet(weights=path)
+    assert same_parameters(model, theirs)
+    assert model.variant == "torchvision"
 
 
 def test_files_keep_their_variant(tmp_path, pair):
