@@ -1,5 +1,6 @@
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -219,6 +220,14 @@ def test_published_weights_by_enum_and_name(weights, monkeypatch):
     if weights == "DEFAULT":
         with pytest.warns(UserWarning, match="pretrained"):
             assert same_parameters(alexnet(pretrained=True), published)
+
+
+def test_the_page_of_weights_has_torchvisions_own_figures():
+    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
+    scores = weights.meta["_metrics"]["ImageNet-1K"]
+    assert f"{scores['acc@1']} / {scores['acc@5']}" in page
+    assert weights.url.rsplit("/", 1)[1] in page
 
 
 def test_weights_of_another_model_are_refused():
