@@ -132,7 +132,7 @@ def _mapped(path: str | os.PathLike[str], kind: str) -> Iterator[memoryview]:
     if not Path(path).is_file():
         raise ValueError(f"there is no file at {str(path)!r}")
     try:
-        yield memoryview(np.memmap(path, mode="r"))
+        yield np.memmap(path, mode="r").data
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not {kind} or is damaged: {error}; download it again") from error
 
