@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 STOREYS = [
     {"kernels"},
     {"reference", "variants", "stages", "configs", "workers"},
-    {"backend", "layers", "chain", "caffe"},
+    {"backend", "layers", "folded", "chain", "caffe"},
     {"library"},
     {"ops"},
     {"fusion", "weights", "graphs"},
