@@ -19,6 +19,7 @@ import test_compiler
 import torch
 
 from alexnet_triton import cli
+from alexnet_triton.cli import words
 from alexnet_triton.kernels.target import TARGETS
 from alexnet_triton.tuning import inspect
 from alexnet_triton.tuning.compiler import Compiled, Loop
@@ -82,7 +83,8 @@ def test_every_budget_holds(target, networks):
         layers = [layer for layer in inspect.LAYERS if not layer.startswith("pool")]
         assert sorted(products) == sorted((layer, direction) for layer in layers for direction in inspect.DIRECTIONS)
         maps = {(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "map"}
-        assert maps == {(f"pool{n}", direction) for n in (1, 2, 5) for direction in inspect.DIRECTIONS[:2]}
+        pools = {(f"pool{n}", direction) for n in (1, 2, 5) for direction in inspect.DIRECTIONS[:2]}
+        assert maps == {*pools, inspect.UPDATE}
         for row in report["rows"]:  # no kernel that multiplies matrices passes for something else
             assert row["kind"] == "product" or not row["compiled"]["has_product"], row
 
@@ -251,7 +253,7 @@ def test_names_of_dtypes_on_the_command_line(monkeypatch):
     for name in (*short, *inspect.DTYPES):
         assert cli.main(["inspect", "--dtype", name]) == 0
     assert asked == [*inspect.DTYPES, *inspect.DTYPES]
-    assert dict(zip(short, inspect.DTYPES, strict=True)) == cli.SHORT_DTYPES
+    assert dict(zip(short, inspect.DTYPES, strict=True)) == words.SHORT_DTYPES
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ CONVOLUTIONS = ("conv_kernel", "shifted_conv_kernel")
 """Kernels of a convolution's forward product and data gradient, by the loop that a config names."""
 
 LAYERS = ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8")
+UPDATE = ("update", "step")
+"""Layer and direction, as it were, of the rule that updates the parameters."""
+PLACES = (*LAYERS, UPDATE[0])
 
 MOST_ISSUE_SHARE = 0.5
 """Of a matrix product on sm_90: from this share of the schedulers' time on, the tensor cores wait for instructions.
@@ -60,9 +63,9 @@ class LayerLaunch(NamedTuple):
     """A launch, and the place in a network that it is made for."""
 
     layer: str
-    """Of `LAYERS`."""
+    """Of `PLACES`."""
     direction: str
-    """Of `DIRECTIONS`."""
+    """Of `DIRECTIONS`, or that of `UPDATE`."""
     launch: Launch
 
     @property
@@ -72,10 +75,10 @@ class LayerLaunch(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`"product"`: a sum of matrix products; `"map"`: a pass over feature maps; `"copy"`: what serves them."""
+        """`"product"`: a sum of matrix products; `"map"`: one over maps or parameters; `"copy"`: what serves them."""
         if self.kernel in loops.PRODUCTS:
             return "product"
-        return "map" if self.layer.startswith("pool") else "copy"
+        return "map" if self.layer.startswith(("pool", "update")) else "copy"
 
 
 def launches(variant: str, dtype: torch.dtype, batch: int, target: Target) -> list[LayerLaunch]:
@@ -207,6 +210,26 @@ def _linear_launches(model: AlexNet, batch: int, target: Target) -> list[LayerLa
     return found
 
 
+def update_launches(variant: str, dtype: torch.dtype, target: Target) -> list[LayerLaunch]:
+    """The launch that updates all parameters of a network, with float32 masters where they are of half precision.
+
+    Args:
+        variant: of `alexnet_triton.AlexNet`.
+        dtype: of parameters and gradients.
+        target: where it would be made.
+    """
+    from alexnet_triton.kernels import launch, sgd
+
+    steps = []
+    for parameter in AlexNet(variant=variant, device="meta", dtype=dtype).requires_grad_(False).parameters():
+        weight, velocity = (torch.empty_like(parameter, dtype=torch.float32) for _ in range(2))
+        copy = parameter if dtype.itemsize == 2 else None
+        steps.append(sgd.Step(torch.empty_like(parameter), weight, velocity, copy, 0))
+    with launch.recording(target) as made:
+        sgd.sgd(steps, torch.empty(1, 3, device="meta"))
+    return [LayerLaunch(*UPDATE, one) for one in made]
+
+
 # --- budgets ------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +302,7 @@ def inspect(
     dtype: str = "bfloat16",
     batch: int = 128,
     target: str = "sm_90",
-    layers: Collection[str] = LAYERS,
+    layers: Collection[str] = PLACES,
     copies: bool = True,
     show_progress: bool = False,
 ) -> list[Row]:
@@ -290,7 +313,7 @@ def inspect(
         dtype: of `DTYPES`.
         batch: number of images, at least 1.
         target: of `alexnet_triton.kernels.target.TARGETS`.
-        layers: those of `LAYERS` that are wanted.
+        layers: those of `PLACES` that are wanted.
         copies: also what serves the products: copies, packed filters, sums of parts.
         show_progress: count on standard error.
 
@@ -302,14 +325,14 @@ def inspect(
     _check("variant", variant, VARIANTS)
     _check("dtype", dtype, DTYPES)
     for layer in layers:
-        _check("layer", layer, LAYERS)
+        _check("layer", layer, PLACES)
     if batch < 1:
         raise ValueError(f"the batch must hold at least 1 image, got {batch}")
     _need_triton()
     numbers: torch.dtype = getattr(torch, dtype)
-    made = launches(variant, numbers, batch, TARGETS[target])
+    made = launches(variant, numbers, batch, TARGETS[target]) + update_launches(variant, numbers, TARGETS[target])
     made = [one for one in made if one.layer in layers and (copies or one.kind != "copy")]
-    order = {name: number for number, name in enumerate([*LAYERS, *DIRECTIONS])}
+    order = {name: number for number, name in enumerate([*PLACES, *DIRECTIONS, UPDATE[1]])}
     made.sort(key=lambda one: (order[one.layer], order[one.direction]))
     return compile_rows(made, numbers, target, show_progress)
 
@@ -463,7 +486,7 @@ def run(
         ValueError: as `inspect`.
         RuntimeError: Triton is not installed.
     """
-    layers = LAYERS if layer is None else (layer,)
+    layers = PLACES if layer is None else (layer,)
     if interpreting():
         words = ["--target", target, "--variant", variant, "--dtype", dtype, "--batch", str(batch)]
         words += ([] if layer is None else ["--layer", layer]) + ["--all"] * copies + ["--json"] * machine_readable
