@@ -90,7 +90,8 @@ def _check_network(path: str, names: list[str], blobs: dict[str, Any]) -> None:
     """Raise RuntimeError where layers are missing, or are not in the order of bvlc_alexnet."""
     missing = [name for name in _LAYERS if name not in blobs]
     if missing:
-        present = ", ".join(map(repr, blobs)) or "none"
+        present = ", ".join(map(repr, [*blobs][:10])) or "none"
+        present += f" and {len(blobs) - 10} more" if len(blobs) > 10 else ""
         raise RuntimeError(
             f"{path!r} lacks parameters of {', '.join(map(repr, missing))}, which bvlc_alexnet has: its layers with "
             f"parameters are {present}"

@@ -253,6 +253,10 @@ def test_missing_layers_are_named_with_those_that_are_there(small, file):
         read_caffemodel(path)
     with pytest.raises(RuntimeError, match="net.caffemodel' lacks parameters of 'conv1'.* are none$"):
         read_caffemodel(file(network({})))
+    names = [f"inception_{number}" for number in range(57)]
+    path = file(network({name: (np.ones(1, np.float32),) for name in names}, order=names))
+    with pytest.raises(RuntimeError, match="'inception_9' and 47 more$"):
+        read_caffemodel(path)
 
 
 @pytest.mark.parametrize(
