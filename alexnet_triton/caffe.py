@@ -34,7 +34,7 @@ _LAYERS: dict[str, tuple[str, tuple[int, ...]]] = {
 def read_caffemodel(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights of bvlc_alexnet, or of a network trained from it, for `AlexNet(variant="caffe")`.
 
-    Both formats are read, `layers` (until 2014, and bvlc_alexnet.caffemodel itself) and `layer`. conv1 is turned
+    Both formats are read, `layers` (the older one, bvlc_alexnet.caffemodel's) and `layer`. conv1 is turned
     from Caffe's B, G, R to R, G, B, so that the network takes RGB images: pixels from 0 to 255, less the mean of the
     training images (see `read_mean`). Groups, and the order in which fc6 takes the maps, are torch's as they are.
     The file is mapped, so that what is allocated is the parameters alone.
