@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from alexnet_triton.cli import measure, train
+from alexnet_triton.cli import measure, prepare, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     measure.add_info(commands)
     train.add_demo(commands)
+    prepare.add_prepare(commands)
     measure.add_bench(commands)
     measure.add_plot(commands)
     measure.add_autotune(commands)
