@@ -1,7 +1,7 @@
 """The update rule of 2012 over all parameters of a network, in one launch.
 
 With the velocity v, the weight w, its gradient g, and m, r and d momentum, rate and decay (Krizhevsky et al. 2012,
-section 5; eq. 9 and 10)
+section 5)
 
     v = m v - r (d w + g)
     w = w + v

@@ -51,7 +51,7 @@ def give_gradients(parameters):
 
 
 class InFloat64:
-    """Equations 9 and 10, in float64."""
+    """The rule as it is written, in float64."""
 
     def __init__(self, parameters):
         self.w = [parameter.detach().double().clone() for parameter in parameters]
@@ -404,6 +404,17 @@ def test_a_parameters_first_step_cannot_be_captured(monkeypatch):
             optimizer.step()
 
 
+def test_a_compiled_step_is_the_same():
+    ours = parameters([(7, 9)], torch.bfloat16)
+    theirs = copy.deepcopy(ours)
+    compiled, plain = KrizhevskySGD(ours, 0.1), KrizhevskySGD(theirs, 0.1)
+    trained(compiled, ours, [0.1])
+    trained(plain, theirs, [0.1])
+    torch.compile(compiled.step, backend="aot_eager")()
+    plain.step()
+    assert rms_error(compiled.master_of(ours[0]), plain.master_of(theirs[0])) < 1e-7
+
+
 def test_parameters_without_a_gradient_stay_and_get_no_state(backend):
     weights = parameters([(5,), (6,)])
     before = copy.deepcopy(weights)
@@ -668,10 +679,11 @@ def test_biases_follow_their_own_multiples():
     assert len(biases_apart(nn.Linear(3, 2, bias=False), 0.1, 0.5)) == 1
 
 
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, dtype=torch.float64)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", ["step", "plateau"])
-def test_biases_keep_twice_the_rate_under_a_scheduler_down_to_its_least(name):
+def test_biases_keep_twice_the_rate_under_a_scheduler_down_to_its_least(name, lr):
     layer = nn.Linear(3, 2)
-    optimizer = KrizhevskySGD(biases_apart(layer, 0.1, 0.0), 0.1, momentum=0)
+    optimizer = KrizhevskySGD(biases_apart(layer, copy.deepcopy(lr), 0.0), 0.1, momentum=0)
     if name == "step":
         scheduler = lr_scheduler.StepLR(optimizer, 1, 0.1)
     else:

@@ -89,7 +89,8 @@ class KrizhevskySGD(torch.optim.Optimizer):
         by_kernel = [_have_kernel(kind) for kind in kinds]  # a refusal comes before the first change
         for kind, kernel in zip(kinds, by_kernel, strict=True):
             _update_all(kind, kernel)
-        torch.autograd.graph.increment_version(update.parameter for update in updates)
+        # Neither a kernel nor torch's fused step tells autograd that a parameter has changed.
+        torch.autograd.graph.increment_version([update.parameter for update in updates])
         return loss
 
     def master_of(self, parameter: Tensor) -> Tensor:
@@ -162,14 +163,17 @@ class KrizhevskySGD(torch.optim.Optimizer):
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's state, which is made where it is missing."""
         state: dict[str, Tensor] = self.state[parameter]
+        half = parameter.dtype in HALF
+        if "velocity" in state and ("master" in state or not half):
+            return state
+        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph that holds a parameter's first step would make its state anew whenever it is replayed: "
+                "take one step before the capture"
+            )
         if "velocity" not in state:
-            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "a CUDA graph that holds a parameter's first step would set its velocity to zero whenever it is "
-                    "replayed: take one step before the capture"
-                )
             state["velocity"] = torch.zeros_like(parameter, dtype=_state_dtype(parameter), requires_grad=False)
-        if "master" not in state and parameter.dtype in HALF:
+        if half and "master" not in state:
             state["master"] = parameter.detach().to(torch.float32)
         return state
 
@@ -199,7 +203,7 @@ def biases_apart(
 
     Args:
         model: its parameters whose names end in `bias` are the biases.
-        lr: learning rate of the weights.
+        lr: learning rate of the weights; each group has a tensor of its own where it is one.
         weight_decay: of the weights.
         bias_lr: multiple of the rate.
         bias_decay: multiple of the decay.
@@ -215,6 +219,8 @@ def biases_apart(
         {"params": weights, "lr": lr, "weight_decay": weight_decay, "lr_mult": 1.0},
         {"params": biases, "lr": lr, "weight_decay": weight_decay * bias_decay, "lr_mult": bias_lr},
     ]
+    if isinstance(lr, Tensor):  # one for each, which a scheduler changes one by one
+        groups[1]["lr"] = lr.clone()
     return [group for group in groups if group["params"]]
 
 
@@ -351,15 +357,17 @@ def _rates(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
 def _rate(group: Mapping[str, Any], device: torch.device) -> float | Tensor:
     """A group's rate on `device`: a number, or a tensor that is not read."""
     lr, multiple = group["lr"], group["lr_mult"]
-    if isinstance(lr, Tensor) and not (lr.device.type == "cpu" != device.type):
-        return lr.to(device).reshape(()) * multiple
-    return float(lr) * multiple
+    if not isinstance(lr, Tensor) or (lr.device.type == "cpu" and device.type != "cpu"):
+        return float(lr) * multiple
+    return lr.to(device).reshape(()) * multiple
 
 
 def _update(update: Update) -> None:
-    """Equations 9 and 10, in plain PyTorch, whatever the tensors."""
+    """The rule in plain PyTorch, whatever the tensors."""
     parameter, gradient, weight, velocity, group = update
     rate, decay = _rate(group, weight.device), group["weight_decay"]
+    if torch.compiler.is_compiling():  # which would multiply in the gradient's precision
+        gradient = gradient.to(weight.dtype)
     velocity.mul_(group["momentum"])
     if isinstance(rate, Tensor):
         velocity.addcmul_(weight, rate, value=-decay).addcmul_(gradient, rate, value=-1)
@@ -393,6 +401,8 @@ def _update_fused(update: Update) -> None:
 def _lie_alike(update: Update) -> bool:
     """Whether the update's tensors hold their elements densely and in the same order."""
     parameter, gradient, weight, velocity, _ = update
+    if torch.compiler.is_compiling():
+        return False  # for a compiler that sees through plain PyTorch only
     if type(parameter) not in (Tensor, nn.Parameter) or type(gradient) is not Tensor or gradient.is_neg():
         return False  # whose memory may hold something else than its elements
     if parameter.is_contiguous() and gradient.is_contiguous():
