@@ -159,7 +159,7 @@ def test_a_missing_folder_is_said_before_any_work(tmp_path):
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 2, 10, 30])
+@pytest.mark.parametrize("count", [1, 30])
 def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
     matrix = torch.eye(count).long() * 9
     matrix[0, -1] = 1
@@ -168,23 +168,16 @@ def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
 
 
 def test_a_single_confusion_among_a_thousand_classes_is_seen(tmp_path):
-    names = tuple(map(str, range(1000)))
-    sizes, pixels = set(), []
-    for wrong in (False, True):
-        matrix = torch.eye(1000).long() * 50
-        if wrong:
-            matrix[100, 100], matrix[100, 900] = 40, 10
-        path = tmp_path / f"{wrong}.png"
-        pictures.confusion(matrix, names, path)
-        with Image.open(path) as picture:
-            sizes.add(picture.size)
-            pixels.append(np.asarray(picture.convert("RGB")).astype(int))
-    assert len(sizes) == 1
-    differing = (np.abs(pixels[0] - pixels[1]).max(-1) > 60).nonzero()
-    assert 9 <= len(differing[0]) <= 200
-    height, width = pixels[0].shape[:2]
-    assert differing[0].max() < height / 4
-    assert differing[1].min() > width / 2
+    matrix = torch.eye(1000).long() * 50
+    matrix[100, 100], matrix[100, 900] = 40, 10
+    pictures.confusion(matrix, tuple(map(str, range(1000))), tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    blue = pixels[..., 2] - pixels[..., 0] > 60
+    found = blue[height // 20 : height // 4, width // 2 : width * 9 // 10].nonzero()
+    assert 9 <= len(found[0]) <= 200
+    assert max(np.ptp(found[0]), np.ptp(found[1])) < 15
 
 
 def cells(path, count, towers=1, filter_pixels=88, gap=4):
