@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from alexnet_triton.folded import Folded
 from alexnet_triton.kernels import conv, halo, launch, norm_pool, weight_gradient
 from alexnet_triton.kernels.conv_shape import Convolution, convolution
 from alexnet_triton.kernels.halo import Layout
@@ -131,6 +132,7 @@ def forward(
         The answer, (N, K, P, Q) of the dtype of `x`, and what `backward` needs beside it.
     """
     links = _plan_of(x, parameters, stages)
+    x = _readable(x, links[0])
     saved: list[Tensor] = []
     value, matrix = x, None  # a map is an ordinary tensor, or a matrix in the next convolution's layout as well
     for number, link in enumerate(links):
@@ -139,7 +141,7 @@ def forward(
         if isinstance(link, _Conv):
             shape = link.shape
             if link.enters:
-                matrix = halo.enter(value, shape.x_layout, shape.fold)
+                matrix = value.matrix if isinstance(value, Folded) else halo.enter(value, shape.x_layout, shape.fold)
             assert matrix is not None
             if save:
                 saved.append(matrix)
@@ -156,6 +158,14 @@ def forward(
                 saved.append(index)
         value = halo.view(matrix, link.y_layout)
     return _in_format(value, channels_last), saved
+
+
+def _readable(x: Tensor, first: _Link) -> Tensor:
+    """The input as the chain's first link can read it: `Folded` where it lies in that very layout."""
+    if not isinstance(x, Folded):
+        return x
+    fits = isinstance(first, _Conv) and (x.matrix_layout, x.fold) == (first.shape.x_layout, first.shape.fold)
+    return x if fits else x.unfold_pixels()
 
 
 def _keeps_tensor(links: Sequence[_Link], number: int) -> bool:
@@ -223,6 +233,7 @@ def backward(
         The gradients that are wanted, in the order of `needs`; each parameter's has its parameter's dtype and layout.
     """
     links = _plan_of(x, parameters, stages)
+    x = _readable(x, links[0])
     kept = list(saved)
     found: dict[int, Tensor] = {}  # by number in `needs`
     value: Tensor | None = grad  # the gradient as an ordinary tensor, or

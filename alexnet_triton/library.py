@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from alexnet_triton import stages as stages_of
+from alexnet_triton.folded import OPERATORS as FOLDED_OPERATORS
+from alexnet_triton.folded import Folded
 from alexnet_triton.stages import ConvStage, Size, Stage
 
 _library = torch.library.Library("alexnet_triton", "DEF")
@@ -113,7 +115,7 @@ def _linear() -> Any:
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches what runs: then calls go past the dispatcher, which costs more than all the rest."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in (Tensor, torch.nn.Parameter, Folded)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch.is_autocast_enabled(x.device.type)
@@ -403,6 +405,9 @@ for _name, _run, _fake, _autograd in _OPERATORS:
         _library.impl(_name, _run, _device)
     torch.library.register_fake(f"alexnet_triton::{_name}", _fake, lib=_library)
     _library.impl(_name, _autograd, "Autograd")
+
+FOLDED_OPERATORS[_map_chain] = _run_map_chain
+FOLDED_OPERATORS[_map_chain_backward] = _run_map_chain_backward
 
 for _device in _DEVICES:
     _key = getattr(torch._C.DispatchKey, f"Autocast{_device}", None)

@@ -152,7 +152,7 @@ def test_draws_that_torchvisions_transforms_make_give_the_same_image():
         for transform in (crop, shift):
             make = transform.make_params
 
-            def noted(inputs, make=make):
+            def noted(inputs, make=make, made=made):
                 params = make(inputs)
                 made.update(params)
                 return params

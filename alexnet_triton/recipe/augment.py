@@ -7,8 +7,9 @@ What is random is drawn apart from what is done with it. `draw` draws for any nu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import PIL.Image
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from alexnet_triton.backend import takes_triton
+from alexnet_triton.folded import Folded
+from alexnet_triton.library import on_device
 from alexnet_triton.recipe.data import Statistics
+
+if TYPE_CHECKING:
+    from alexnet_triton.kernels.conv_shape import Convolution
 
 
 class Draws(NamedTuple):
@@ -141,17 +148,27 @@ class Augment(nn.Module):
     """From a batch of bytes and its draws to the network's input: crop, mirror, PCA colour, normalisation.
 
     Channel c of a pixel x becomes ((x[c]/255 + sum_k eigenvectors[c, k] eigenvalues[k] colour[k]) - mean[c]) / std[c],
-    computed in float32 and rounded once.
+    computed in float32 and rounded once. Where the Triton kernels run, one kernel does all of it.
 
     Args:
         statistics: of the images that the network learns from.
         crop: side of the crops in pixels.
-        dtype: of the answer.
+        dtype: of the answer, floating-point.
+        conv: the network's first layer. Where it runs on the Triton kernels, the answer is written as it reads its
+            input, which saves a copy: see `alexnet_triton.folded.Folded`.
+
+    Raises:
+        ValueError: another dtype.
     """
 
-    def __init__(self, statistics: Statistics, crop: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, statistics: Statistics, crop: int, dtype: torch.dtype = torch.float32, conv: nn.Conv2d | None = None
+    ) -> None:
         super().__init__()
+        if not dtype.is_floating_point:
+            raise ValueError(f"Augment gives floating-point images, got {dtype}: choose one of torch's, as float32")
         self.crop, self.dtype = crop, dtype
+        self._conv = (conv,)  # whose parameters are not this module's
         # No buffers, so that `half()` does not round them: they follow the draws, not the module.
         self.scale = 1 / (255 * statistics.std)
         self.offset = -statistics.mean / statistics.std
@@ -162,18 +179,38 @@ class Augment(nn.Module):
 
         Args:
             images: (N, 3, H, W), uint8, of any strides; fastest with a pixel's channels side by side.
-            draws: of these images.
+            draws: of these images; best left on the CPU, from where one small copy brings them to a GPU.
 
         Returns:
             (N, 3, crop, crop), channels-last.
 
         Raises:
             ValueError: other images, draws of another number of images, or crops that leave the images.
+            RuntimeError: the Triton backend is demanded and cannot run this.
         """
         self._check(images, draws)
-        colour = draws.colour.float()
-        offset = self.offset.to(colour.device) + colour @ self.colours.to(colour.device).t()
+        # No matrix product, which autocast would round.
+        shift = (draws.colour.unsqueeze(1) * self.colours.to(draws.colour.device)).sum(2)
+        offset = self.offset.to(shift.device) + shift
+        by_kernel = len(images) > 0 and self.dtype != torch.float64 and not torch.compiler.is_compiling()
+        if by_kernel and takes_triton("Augment", images):
+            return self._on_triton(images, draws, offset)
         return _by_image(images, draws, self.scale, offset, self.crop, self.dtype)
+
+    def _on_triton(self, images: Tensor, draws: Draws, offset: Tensor) -> Tensor:
+        from alexnet_triton.kernels import augment, halo
+
+        size = (len(images), 3, self.crop, self.crop)
+        [conv] = self._conv
+        shape = None if conv is None else _folded(conv, size)
+        layout = halo.dense(size[0], 3, self.crop, self.crop) if shape is None else shape.x_layout
+        fold = halo.no_fold(1, 3, 3) if shape is None else shape.fold
+        packed = augment.pack_draws(draws.top, draws.left, draws.mirror, offset, self.crop)
+        packed = packed.to(images.device, non_blocking=True)
+        red, green, blue = self.scale.tolist()
+        with on_device(images):
+            matrix = augment.augment(images, packed, (red, green, blue), self.crop, layout, fold, self.dtype)
+        return halo.view(matrix, layout) if shape is None else Folded(matrix, layout, fold, size)
 
     def _check(self, images: Tensor, draws: Draws) -> None:
         if images.dim() != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
@@ -185,7 +222,7 @@ class Augment(nn.Module):
             raise ValueError(f"Augment needs draws for its {count} images, got draws for {draws.top.shape[0]}")
         for start, size in ((draws.top, images.shape[2]), (draws.left, images.shape[3])):
             room = _room(size, self.crop)
-            if count and start.device.type == "cpu" and not 0 <= int(start.min()) <= int(start.max()) <= room:
+            if count and not 0 <= int(start.min()) <= int(start.max()) <= room:
                 raise ValueError(
                     f"draws of crops that begin at pixels {int(start.min())} to {int(start.max())} do not fit images "
                     f"of {size} pixels and crops of {self.crop}: draw for these sizes"
@@ -194,6 +231,27 @@ class Augment(nn.Module):
     def extra_repr(self) -> str:
         """Show the crop and the dtype."""
         return f"crop={self.crop}, dtype={self.dtype}"
+
+
+def _folded(conv: nn.Conv2d, size: tuple[int, int, int, int]) -> Convolution | None:
+    """The shapes of a first layer whose layout holds all pixels of such images; None where there is none."""
+    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
+    if not plain or isinstance(conv.padding, str):
+        return None
+    return _convolution(size, tuple(conv.weight.shape), conv.stride, conv.padding, conv.groups)
+
+
+@functools.lru_cache(64)
+def _convolution(size: tuple[int, ...], weight: tuple[int, ...], *rest: Any) -> Convolution | None:
+    from alexnet_triton.kernels.conv_shape import convolution
+
+    shape = convolution(size, weight, *rest)
+    fits = shape.folds and weight[1] * shape.groups == size[1] and min(shape.out_size) > 0
+    axes = zip(shape.source, shape.size, shape.stride, shape.block, shape.origin, strict=True)
+    whole = all(
+        step == block and count * step - origin >= source for source, count, step, block, origin in axes
+    )  # or the convolution leaves pixels out
+    return shape if fits and whole else None
 
 
 def _by_image(images: Tensor, draws: Draws, scale: Tensor, offset: Tensor, crop: int, dtype: torch.dtype) -> Tensor:
