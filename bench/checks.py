@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from alexnet_triton import ops, reference
 from alexnet_triton.backend import use_backend
 from alexnet_triton.model import AlexNet
+from alexnet_triton.recipe.optim import KrizhevskySGD
 from alexnet_triton.stages import ConvStage, PoolStage, encode
 from alexnet_triton.tuning.accuracy import rms_error
 from alexnet_triton.variants import VARIANTS
@@ -464,7 +465,7 @@ def check_other_device(variant: str, scale: Scale, current: torch.device, other:
 
 
 def small_run(device: torch.device) -> None:
-    """One small op of each kind, forward and backward, in half and single precision; sizes that leave odd ends."""
+    """One small op of each kind, forward and backward, and an update, in half and single precision, with odd ends."""
     for dtype in (torch.bfloat16, torch.float32):
         for layer in (
             Conv((2, 3, 23, 23), (24, 3, 11, 11), ConvStage((4, 4), (2, 2), 1, True, True)),
@@ -474,3 +475,9 @@ def small_run(device: torch.device) -> None:
             Linear(3, 130, 70, 0.5, True),
         ):
             layer.ours(*layer.draw(device, dtype))
+        parameters = [torch.zeros(n, device=device, dtype=dtype, requires_grad=True) for n in (3, 5000)]
+        optimizer = KrizhevskySGD(parameters, 0.1)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        with use_backend("triton"):
+            optimizer.step()

@@ -26,7 +26,18 @@ import torch
 
 from alexnet_triton import configs
 from alexnet_triton.backend import TRITON_INSTALLED, interpreting, use_backend
-from alexnet_triton.bench import checks, graph_checks, launches, layers, lpips, model, results, roofs, tuning
+from alexnet_triton.bench import (
+    checks,
+    graph_checks,
+    launches,
+    layers,
+    lpips,
+    model,
+    results,
+    roofs,
+    tuning,
+    update_checks,
+)
 from alexnet_triton.bench.checks import Absent, Measure
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.bench.report import LOST, RESULTS, Check, Report, Run, run_cases
@@ -153,6 +164,8 @@ def _layers(run: Run) -> Iterator[tuple[str, Check]]:
     for columns, p in ((wide, 0.5), (wide - 1, 0.3)):
         rows = run.scale.batches[0]
         yield f"mask of {rows} x {columns}, p={p}", partial(checks.check_mask, run.device, rows, columns, p)
+    for dtype in run.scale.dtypes:
+        yield f"update rule, {_name(dtype)}", partial(update_checks.check_update, dtype, run.scale, run.device)
     for case in checks.cases(run.scale):
         yield case.name, partial(checks.check_layer, case, run.device)
 
@@ -185,6 +198,7 @@ def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
     for variant in ("paper", "torchvision", "merged", "caffe"):
         yield f"inference of {variant}", partial(graph_checks.check_inference_graph, variant, run.scale, run.device)
         yield f"training step of {variant}", partial(graph_checks.check_training_graph, variant, run.scale, run.device)
+    yield "update rule", partial(update_checks.check_update_graph, run.scale, run.device)
     yield "the README's training step", partial(graph_checks.check_recipe, run.scale, run.device)
 
 

@@ -86,7 +86,7 @@ def _allocated(device: torch.device) -> int:
 
 
 @contextmanager
-def _no_waiting(device: torch.device) -> Iterator[None]:
+def no_waiting(device: torch.device) -> Iterator[None]:
     """Within the block, whatever lets the host wait for the GPU raises."""
     if device.type != "cuda":
         yield
@@ -117,7 +117,7 @@ def check_training_graph(variant: str, scale: Scale, device: torch.device) -> li
             model: nn.Module = model, images: Tensor = images, labels: Tensor = labels, optimizer: Any = optimizer
         ) -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            with _no_waiting(labels.device):
+            with no_waiting(labels.device):
                 loss = F.cross_entropy(model(images).float(), labels)
                 loss.backward()
                 optimizer.step()

@@ -10,20 +10,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 
 from alexnet_triton import use_backend
+from alexnet_triton.bench import update_checks
+from alexnet_triton.bench.checks import Scale
 from alexnet_triton.kernels import launch, sgd
-from alexnet_triton.kernels.target import TARGETS
+from alexnet_triton.kernels.target import INTERPRETER, TARGETS
 from alexnet_triton.recipe import optim
 from alexnet_triton.recipe.optim import KrizhevskySGD, biases_apart
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CPU = torch.device("cpu")
+SMALL = Scale((2,), 64, 17, 1000, 1)
 SIZES = ((1,), (3,), (16,), (10, 100), (4097,), (16, 8, 8, 8))
-BLOCK = 4096
-"""Elements of a program here: tensors of less than one, of one and an element, of two programs."""
+BLOCK = sgd._block(INTERPRETER)
+"""Elements of a program here, 4,096: tensors of less than one, of one and an element, of two programs."""
 
 
 @pytest.fixture(params=["triton", "reference"])
-def backend(request, monkeypatch):
-    monkeypatch.setattr(sgd, "_block", lambda target: BLOCK)
+def backend(request):
     with use_backend(request.param):
         yield request.param
 
@@ -185,9 +188,9 @@ def test_all_parameters_are_updated_in_one_launch(dtype, launches):
     assert [name for name, _, _ in launches] == ["sgd_kernel"] * 3
 
 
-def test_hundreds_of_parameters_are_updated_in_one_launch(launches, monkeypatch):
+def test_many_parameters_are_updated_in_one_launch(launches, monkeypatch):
     monkeypatch.setattr(sgd, "_block", lambda target: 64)
-    weights = parameters([(1 + i % 70,) for i in range(150)])
+    weights = parameters([(1 + i % 70,) for i in range(70)])
     optimizer, exact = KrizhevskySGD(weights, 0.1), InFloat64(weights)
     give_gradients(weights)
     with use_backend("triton"):
@@ -698,3 +701,28 @@ def test_biases_keep_twice_the_rate_under_a_scheduler_down_to_its_least(name, lr
         scheduler.step(*([1.0] if name == "plateau" else []))
         if name == "plateau" and rate == 0.1:
             scheduler.step(1.0)  # the first value was the best
+
+
+# --- what `make gpu` checks ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_checks_for_a_gpu_hold_here(dtype):
+    measures = update_checks.check_update(dtype, SMALL, CPU)
+    assert len(measures) == 3
+    assert all(measure.holds for measure in measures)
+
+
+def test_the_check_of_graphs_holds_without_one_and_notices_a_rate_that_was_captured(monkeypatch):
+    assert all(measure.holds for measure in update_checks.check_update_graph(SMALL, CPU))
+
+    def captured(step, device):
+        def replay():
+            with monkeypatch.context() as patch:
+                patch.setattr(optim, "_rate", lambda group, device: update_checks.RATES[0])
+                return step()
+
+        return replay
+
+    monkeypatch.setattr(update_checks, "captured", captured)
+    assert not all(measure.holds for measure in update_checks.check_update_graph(SMALL, CPU))
