@@ -1,3 +1,5 @@
+import re
+import shlex
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -9,9 +11,11 @@ import torchvision
 from torch import nn
 
 from alexnet_triton import VARIANTS, AlexNet, alexnet, read_state_dict
+from alexnet_triton.cli import _parser
 from alexnet_triton.weights import strip_prefixes
 
 ALL = list(VARIANTS)
+PAGE = Path(__file__).parents[1] / "docs" / "weights.md"
 
 
 def same_parameters(model, other):
@@ -223,11 +227,18 @@ def test_published_weights_by_enum_and_name(weights, monkeypatch):
 
 
 def test_the_page_of_weights_has_torchvisions_own_figures():
-    page = (Path(__file__).parents[1] / "docs" / "weights.md").read_text()
+    page = PAGE.read_text()
     weights = torchvision.models.AlexNet_Weights.IMAGENET1K_V1
     scores = weights.meta["_metrics"]["ImageNet-1K"]
     assert f"{scores['acc@1']} / {scores['acc@5']}" in page
     assert weights.url.rsplit("/", 1)[1] in page
+
+
+def test_the_commands_of_the_page_of_weights_are_commands():
+    commands = re.findall(r"^alexnet-triton (.+)$", PAGE.read_text(), re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        _parser().parse_args(shlex.split(command))  # exits where it is none
 
 
 def test_weights_of_another_model_are_refused():
