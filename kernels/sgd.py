@@ -122,7 +122,7 @@ def sgd(steps: Sequence[Step], rates: Tensor) -> None:
     launch.launch(
         sgd_kernel,
         programs,
-        table=on_device(tuple(table), torch.int64, rates.device), rates=rates, tensors=len(steps),
+        table=by_value(tuple(table), torch.int64, rates.device), rates=rates, tensors=len(steps),
         GRADIENT=DTYPES[gradient.dtype], COPY=None if copy is None else DTYPES[copy.dtype],
         TENSORS=launch.power_of_two(len(steps)), BLOCK=block, num_warps=8, num_stages=1,
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _block(target: launch.Target) -> int:
     return 4096 if target.backend == "cpu" else 2048
 
 
-def on_device(numbers: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def by_value(numbers: tuple[int, ...] | tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of numbers that come to the device as arguments of kernels, not from the host's memory.
 
     So nothing waits for a copy, and a CUDA graph that is being captured holds the numbers. Outside a capture, what was

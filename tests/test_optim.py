@@ -319,13 +319,13 @@ def test_addresses_are_written_to_the_device_when_they_change_and_only_then(monk
 
 def test_a_capture_shares_no_table_with_what_runs_outside(monkeypatch):
     device = torch.device("cpu")
-    outside = sgd.on_device((1, 2**62 + 1), torch.int64, device)
+    outside = sgd.by_value((1, 2**62 + 1), torch.int64, device)
     assert outside.tolist() == [1, 2**62 + 1]
-    assert sgd.on_device((1, 2**62 + 1), torch.int64, device) is outside
+    assert sgd.by_value((1, 2**62 + 1), torch.int64, device) is outside
     monkeypatch.setattr(sgd, "_stream", lambda device: None)
-    captured = sgd.on_device((1, 2**62 + 1), torch.int64, device)
+    captured = sgd.by_value((1, 2**62 + 1), torch.int64, device)
     assert captured is not outside
-    assert sgd.on_device((1, 2**62 + 1), torch.int64, device) is not captured
+    assert sgd.by_value((1, 2**62 + 1), torch.int64, device) is not captured
 
 
 def test_two_dtypes_are_two_launches(launches):

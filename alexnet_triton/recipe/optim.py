@@ -346,7 +346,7 @@ def _rates(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
             tensors.append((row, rate))
             rate = 0.0
         numbers += [rate, float(group["momentum"]), float(group["weight_decay"])]
-    rates = sgd.on_device(tuple(numbers), torch.float32, device).view(-1, 3)
+    rates = sgd.by_value(tuple(numbers), torch.float32, device).view(-1, 3)
     if tensors:
         rates = rates.clone()
         for row, rate in tensors:
