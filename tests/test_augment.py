@@ -4,16 +4,24 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from alexnet_triton import use_backend
+from alexnet_triton.folded import Folded
+from alexnet_triton.kernels import halo
+from alexnet_triton.kernels.augment import augment as by_kernel
+from alexnet_triton.kernels.augment import pack_draws
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, PCAColor
 from alexnet_triton.recipe.data import ColourSums, Statistics
+from alexnet_triton.variants import VARIANTS
 
 
 def statistics():
-    return ColourSums.of(torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)).statistics()
+    seeded = torch.Generator().manual_seed(0)
+    return ColourSums.of(torch.randint(0, 256, (2, 3, 40, 40), generator=seeded, dtype=torch.uint8)).statistics()
 
 
 def images(n, size, layout="planes"):
@@ -136,6 +144,13 @@ def test_a_batch_is_as_defined(n, size, crop, layout, dtype):
         assert error(y, defined(x, draws, s, crop)) < ROUNDING[dtype]
 
 
+def test_autocast_rounds_nothing_before_the_end():
+    s, x, draws = statistics(), images(2, 20), augment.draw(2, 20, 17)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = Augment(s, 17)(x, draws)
+    assert torch.equal(y, Augment(s, 17)(x, draws))
+
+
 def test_a_batch_agrees_with_torchvisions_transforms():
     s, x = statistics(), images(6, 24)
     torch.manual_seed(5)
@@ -169,6 +184,8 @@ def test_draws_that_torchvisions_transforms_make_give_the_same_image():
 
 
 def test_wrong_batches_are_refused_in_words():
+    with pytest.raises(ValueError, match=r"gives floating-point images, got torch\.uint8"):
+        Augment(statistics(), 8, torch.uint8)
     augment_ = Augment(statistics(), 8)
     draws = augment.centre(2, 9, 8)
     with pytest.raises(ValueError, match=r"takes bytes \(N, 3, H, W\) of dtype uint8, got \(2, 3, 9, 9\) of torch.flo"):
@@ -181,6 +198,130 @@ def test_wrong_batches_are_refused_in_words():
         augment_(images(2, 7), draws)
     with pytest.raises(ValueError, match="begin at pixels 4 to 4 do not fit images of 9 pixels and crops of 8"):
         augment_(images(2, 9), augment.centre(2, 16, 8))
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def both(x, draws, crop, dtype=torch.float32, conv=None):
+    """What the kernel and plain torch make of a batch."""
+    s = statistics()
+    with use_backend("triton"):
+        found = Augment(s, crop, dtype, conv)(x, draws)
+    return found, Augment(s, crop, dtype)(x, draws), defined(x, draws, s, crop)
+
+
+def first_layer(window=11, stride=4, padding=0, **options):
+    return nn.Conv2d(3, 6, window, stride, padding, **options)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("layout", ["planes", "packed"])
+@pytest.mark.parametrize(("n", "size", "crop"), [(3, 24, 17), (1, 19, 19), (0, 9, 8)])
+def test_kernel_gives_a_channels_last_tensor(n, size, crop, layout, dtype):
+    draws = augment.draw(n, size, crop, colour=1.0)
+    found, plain, expected = both(images(n, size, layout), draws, crop, dtype)
+    assert type(found) is torch.Tensor
+    assert found.dtype == dtype
+    assert found.stride() == plain.stride()
+    if n:
+        assert error(found, expected) < ROUNDING[dtype]
+        assert error(plain, expected) < ROUNDING[dtype]
+
+
+LAYERS = {
+    "as AlexNet's": ({}, 27),
+    "with padding": ({"padding": 2}, 28),
+    "past the images' end": ({"padding": 1}, 22),
+    "3x3/2, columns that are no channel": ({"window": 3, "stride": 2, "padding": 1}, 15),
+    "5x5/3": ({"window": 5, "stride": 3}, 17),
+    "each channel alone": ({"window": 3, "stride": 2, "groups": 3}, 15),
+    "strides of two lengths": ({"window": (5, 3), "stride": (2, 1), "padding": (1, 2)}, 13),
+}
+
+
+@pytest.mark.parametrize("layout", ["planes", "packed"])
+@pytest.mark.parametrize(("options", "crop"), LAYERS.values(), ids=LAYERS)
+def test_kernel_writes_what_the_first_layer_reads(options, crop, layout):
+    conv, draws = first_layer(**options), augment.draw(2, crop + 5, crop, colour=1.0)
+    found, _, expected = both(images(2, crop + 5, layout), draws, crop, conv=conv)
+    assert isinstance(found, Folded)
+    pixels = found.clone()
+    assert error(pixels, expected) < ROUNDING[torch.float32]
+    assert torch.equal(found.matrix, halo.enter(pixels, found.matrix_layout, found.fold))  # zeros all around, too
+
+
+@pytest.mark.parametrize(("crop", "padding"), {(v.image_size, v.padding) for v in VARIANTS.values()})
+def test_kernel_at_the_variants_own_sizes(crop, padding):
+    draws = augment.draw(1, 256, crop)
+    found, _, expected = both(images(1, 256, "packed"), draws, crop, torch.bfloat16, first_layer(padding=padding))
+    assert error(found.clone(), expected) < ROUNDING[torch.bfloat16]
+
+
+def test_kernel_rounds_once_to_the_nearest():
+    x, draws = images(2, 20), augment.draw(2, 20, 19)
+    for conv in (None, first_layer()):
+        full, *_ = both(x, draws, 19, conv=conv)
+        for dtype in (torch.float16, torch.bfloat16):
+            half, *_ = both(x, draws, 19, dtype, conv)
+            assert torch.equal(half.clone(), full.clone().to(dtype))
+
+
+PLAIN = {
+    "dilated": {"window": 3, "dilation": 2},
+    "of stride 1": {"window": 3, "stride": 1},
+    "that reflects at the border": {"padding": 1, "padding_mode": "reflect"},
+    "padded by name": {"padding": "valid"},
+    "that passes over pixels": {"window": 3, "stride": 4},
+    "that leaves pixels out at the end": {"window": 8},
+    "larger than the images": {"window": 29},
+}
+
+
+@pytest.mark.parametrize("options", PLAIN.values(), ids=PLAIN)
+def test_other_first_layers_get_an_ordinary_tensor(options):
+    found, _, expected = both(images(1, 28), augment.draw(1, 28, 27), 27, conv=first_layer(**options))
+    assert type(found) is torch.Tensor
+    assert error(found, expected) < ROUNDING[torch.float32]
+
+
+def test_plain_torch_gives_ordinary_tensors_whatever_the_first_layer():
+    s, x, draws = statistics(), images(2, 28), augment.draw(2, 28, 27)
+    for dtype in (torch.float32, torch.float64):
+        y = Augment(s, 27, dtype, first_layer())(x, draws)
+        assert type(y) is torch.Tensor
+        assert error(y, defined(x, draws, s, 27)) < ROUNDING[torch.float32]
+    module = Augment(s, 27, conv=first_layer())
+    assert not list(module.parameters())
+    assert not module.state_dict()
+    assert torch.equal(module.half()(x, draws), Augment(s, 27)(x, draws))
+
+
+def test_bytes_past_two_billion_are_found():
+    far = 2**30 + 8  # a stride that fits 32 bits, and a place that does not
+    store = torch.empty(2 * far + 4096, dtype=torch.uint8)  # pages that nobody touches cost nothing
+    near = images(3, 12)
+    for strides in ((far, 144, 12, 1), (432, far, 12, 1)):
+        x = store.as_strided((3, 3, 12, 12), strides)
+        x.copy_(near)
+        draws = augment.draw(3, 12, 9)
+        found, _, expected = both(x, draws, 9)
+        assert error(found, expected) < ROUNDING[torch.float32]
+
+
+def test_draws_are_packed_in_one_tensor_of_whole_numbers_and_offsets():
+    offset = torch.tensor([[0.5, 1.5, -2.5], [1, 2, 3]])
+    packed = pack_draws(torch.tensor([4, 5]), torch.tensor([6, 7]), torch.tensor([False, True]), offset, 10)
+    assert packed.tolist() == [[4, 6, 1, 0.5, 1.5, -2.5], [5, 16, -1, 1, 2, 3]]
+    assert packed.dtype == torch.float32
+
+
+def test_no_image_leaves_a_layout_of_zeros():
+    layout = halo.for_convolution(0, 48, (7, 7), (3, 3), (0, 0), (5, 5))
+    fold = halo.Fold(1, 3, (4, 4), (4, 4), (0, 0), 48)
+    out = by_kernel(images(0, 28), torch.empty(0, 6), (1.0, 1.0, 1.0), 27, layout, fold, torch.float32)
+    assert out.shape == (layout.rows, 48)
+    assert not out.any()
 
 
 # --- torchvision's form -----------------------------------------------------------------------------------------------
