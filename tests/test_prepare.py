@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from alexnet_triton.cli import main
 from alexnet_triton.recipe import chunks, journal, prepare
@@ -110,6 +109,8 @@ def test_a_folder_is_packed_as_it_would_be_read(source, tmp_path):
 
 
 def test_photographs_have_their_colours(tmp_path):
+    from sklearn.datasets import load_sample_images  # not by processes that look for a function here
+
     for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
         (tmp_path / "source" / name).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / "source" / name / "photograph.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def make(chunk: Chunk, skip_bad: bool, known: Made | None) -> Made | None:
     return Made(chunk.stamp, np.array(checksums, np.uint32), sums, reasons)
 
 
-def in_order(tasks: Iterable[tuple[Chunk, bool, Made | None]], workers: int) -> Iterator[Made | None]:
+def in_order(tasks: Iterable[tuple[Chunk, bool, Made | None]], workers: int) -> Generator[Made | None, None, None]:
     """What `make` gives for each task, in order; processes are a few tasks ahead.
 
     Args:
