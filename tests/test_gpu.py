@@ -21,7 +21,7 @@ from alexnet_triton.bench import checks, gpu, graph_checks, launches, results
 from alexnet_triton.bench.checks import Case, Conv, Linear, Measure, Pool, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.bench.report import LOST, RESULTS, Report, Run, run_cases
-from alexnet_triton.kernels import conv, launch, linear, norm_pool, random, weight_gradient
+from alexnet_triton.kernels import conv, launch, linear, norm_pool, random, sgd, weight_gradient
 from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.variants import VARIANTS
 
@@ -283,8 +283,9 @@ def test_the_small_run_meets_every_kernel(monkeypatch):
     monkeypatch.setattr(Conv, "ours", lambda self, *tensors: met.add("conv"))
     monkeypatch.setattr(Pool, "ours", lambda self, *tensors: met.add(("pool", self.stage.size > 0)))
     monkeypatch.setattr(Linear, "ours", lambda self, *tensors: met.add("linear"))
+    monkeypatch.setattr(sgd, "sgd", lambda steps, rates: met.add("update"))
     checks.small_run(CPU)
-    assert met == {"conv", ("pool", True), ("pool", False), "linear"}
+    assert met == {"conv", ("pool", True), ("pool", False), "linear", "update"}
 
 
 # --- results ----------------------------------------------------------------------------------------------------

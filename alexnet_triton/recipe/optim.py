@@ -304,7 +304,8 @@ def _have_kernel(updates: list[Update]) -> bool:
 
 def _update_all(updates: list[Update], by_kernel: bool) -> None:
     """Do updates of one kind."""
-    alike, others = [], []
+    alike: list[Update] = []
+    others: list[Update] = []
     for update in updates:
         (alike if _lie_alike(update) else others).append(update)
     if alike and by_kernel:
@@ -399,7 +400,7 @@ def _update_fused(update: Update) -> None:
 
 
 def _lie_alike(update: Update) -> bool:
-    """Whether the update's tensors hold their elements densely and in the same order."""
+    """Whether the update's tensors hold their elements in the same order, and densely, as a velocity always does."""
     parameter, gradient, weight, velocity, _ = update
     if torch.compiler.is_compiling():
         return False  # for a compiler that sees through plain PyTorch only
@@ -407,16 +408,13 @@ def _lie_alike(update: Update) -> bool:
         return False  # whose memory may hold something else than its elements
     if parameter.is_contiguous() and gradient.is_contiguous():
         return weight.is_contiguous() and velocity.is_contiguous()
-    strides = _strides(parameter)
-    dense, step = True, 1
-    for stride, size in sorted(strides):
-        dense, step = dense and stride == step, step * size
-    return dense and all(_strides(tensor) == strides for tensor in (gradient, weight, velocity))
+    strides = _strides(velocity)
+    return all(_strides(tensor) == strides for tensor in (parameter, gradient, weight))
 
 
-def _strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of each dimension that has more than one element."""
-    return [pair for pair in zip(tensor.stride(), tensor.shape, strict=True) if pair[1] != 1]
+def _strides(tensor: Tensor) -> list[int]:
+    """Of the dimensions that have more than one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1]
 
 
 def _memory(tensor: Tensor) -> Tensor:
