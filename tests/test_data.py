@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as transform
 
-from alexnet_triton.recipe.data import DataError, digits, stratified_split
+from alexnet_triton.demo.digits import write_digits
+from alexnet_triton.recipe.data import DataError, LabelledImages, stratified_split
 from alexnet_triton.recipe.images import BadImage, class_folders, decode, fit, image_folder, read_image
 
 
@@ -26,32 +28,41 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_digits_are_scikit_learns():
-    data = digits(67)
-    assert data.images.shape == (1797, 3, 67, 67)
-    assert data.images.dtype == torch.uint8
+def digits():
+    """The labels of scikit-learn's digits, each with an image of its number."""
+    labels = torch.from_numpy(load_digits().target).long()
+    numbers = torch.arange(len(labels))
+    images = torch.stack([numbers // 256, numbers % 256, numbers * 0], 1).to(torch.uint8)
+    return LabelledImages("digits", images[:, :, None, None], labels, tuple("0123456789"))
+
+
+def test_digits_are_scikit_learns(tmp_path):
+    write_digits(tmp_path)
+    data = image_folder(tmp_path, 8)
     assert data.classes == tuple("0123456789")
-    assert data.images.max() == 255
+    assert torch.equal(data.labels.bincount(), digits().labels.bincount())
+    first = torch.from_numpy(load_digits().images[0]) * (255 / 16)
+    assert torch.equal(data.images[0, 1], first.round().to(torch.uint8))
     assert torch.equal(data.images[:, 0], data.images[:, 2])
 
 
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'alexnet-triton\[demo\]'"):
-        digits()
+        write_digits(tmp_path)
 
 
 def test_split_holds_out_360_digits_of_all_classes_alike():
-    learn, held_out = stratified_split(digits(8), 0.2)
+    learn, held_out = stratified_split(digits(), 0.2)
     assert (len(learn), len(held_out)) == (1437, 360)
-    shares = torch.bincount(held_out.labels) / torch.bincount(digits(8).labels)
+    shares = torch.bincount(held_out.labels) / torch.bincount(digits().labels)
     assert (shares - 0.2).abs().max() < 0.006
     rows = {image.numpy().tobytes() for image in learn.read(torch.arange(len(learn)))}
     assert sum(image.numpy().tobytes() in rows for image in held_out.read(torch.arange(len(held_out)))) == 0
 
 
 def test_split_follows_its_seed_and_leaves_torchs_alone():
-    data = digits(8)
+    data = digits()
     torch.manual_seed(1)
     splits = [stratified_split(data, 0.2, seed)[1].labels for seed in (0, 0, 1)]
     first = torch.rand(1)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
-from alexnet_triton.cli import measure, prepare, train
+from alexnet_triton.cli import measure, prepare, train, use
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code: 0, 2 for what a user can mend, 130 after Ctrl-C.
 
-    `inspect` gives 1 where a budget is broken, `bench gpu` where a check failed, `bench readme --check` where a page is
-    not what the results give.
+    `train` gives 143 after SIGTERM; `inspect` 1 where a budget is broken, `bench gpu` where a check failed, `bench
+    readme --check` where a page is not what the results give.
 
     Args:
         arguments: the words after the program's name; None takes the process's own.
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt as error:
         print(f"\nalexnet-triton: {str(error) or 'stopped'}", file=sys.stderr)
-        return 130
+        return 128 + int(getattr(error, "signal", signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_info(commands)
     train.add_demo(commands)
     prepare.add_prepare(commands)
+    train.add_train(commands)
+    use.add_evaluate(commands)
+    use.add_predict(commands)
+    use.add_features(commands)
+    use.add_filters(commands)
     measure.add_bench(commands)
     measure.add_plot(commands)
     measure.add_autotune(commands)

@@ -50,13 +50,7 @@ def dtypes(names: Sequence[str] | None) -> list[torch.dtype]:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _whole(text, 1)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -64,12 +58,14 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(positive(word) for word in text.split(","))
 
 
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
 def counts(text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 0, parted by commas."""
-    values = tuple(int(word) for word in text.split(","))
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {min(values)}")
-    return values
+    """Such numbers, parted by commas."""
+    return tuple(count(word) for word in text.split(","))
 
 
 def seconds(text: str) -> float:
@@ -86,4 +82,14 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
+    return value
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
     return value

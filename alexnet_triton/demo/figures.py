@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alexnet_triton.recipe.data import ImageSet
 from alexnet_triton.recipe.pictures import short
-from alexnet_triton.recipe.train import History
+from alexnet_triton.recipe.settings import History
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
 
@@ -21,16 +21,16 @@ def curves(history: History, path: Path) -> None:
     """Loss of every step and epoch, and accuracy on the held-out images."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = len(history.epoch_loss)
+    epochs = len(history.epochs)
     per_epoch = len(history.step_loss) / epochs
     steps = (np.arange(len(history.step_loss)) + 1) / per_epoch
     left.plot(steps, history.step_loss, color=GREY, linewidth=0.8, alpha=0.7, label="each batch")
-    left.plot(range(1, epochs + 1), history.epoch_loss, "o-", color=BLUE, label="training, mean of the epoch")
-    left.plot(range(1, epochs + 1), history.held_out_loss, "s--", color=ORANGE, label="held out")
+    left.plot(range(1, epochs + 1), history.column("loss"), "o-", color=BLUE, label="training, mean of the epoch")
+    left.plot(range(1, epochs + 1), history.column("held_out_loss"), "s--", color=ORANGE, label="held out")
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss", ylim=(0, None))
-    left.set_ylim(0, min(left.get_ylim()[1], 1.5 * max(history.epoch_loss)))
+    left.set_ylim(0, min(left.get_ylim()[1], 1.5 * max(history.column("loss"))))
     left.legend(frameon=False)
-    percent = [100 * value for value in history.held_out_accuracy]
+    percent = [100 * value for value in history.column("held_out_top1")]
     right.plot(range(1, epochs + 1), percent, "s-", color=ORANGE)
     right.annotate(f"{percent[-1]:.1f} %", (epochs, percent[-1]), (-4, -16), textcoords="offset points", ha="right")
     right.set(xlabel="epoch", ylabel="held-out images right (%)", title="Accuracy", ylim=(0, 102))
@@ -40,17 +40,17 @@ def curves(history: History, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def guesses(data: ImageSet, logits: Tensor, chosen: list[int], path: Path) -> None:
+def guesses(data: ImageSet, probabilities: Tensor, path: Path) -> None:
     """Images with their best guesses as bars: the true class in blue, others in orange."""
-    columns = min(4, len(chosen))
-    rows = -(-len(chosen) // columns)
+    columns = min(4, len(data))
+    rows = -(-len(data) // columns)
     figure = Figure(figsize=(2.9 * columns, 1.75 * rows), layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.1] * columns)
     for axes in grid.flat:
         axes.axis("off")
-    best = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)
-    for place, index in enumerate(chosen):
-        picture, bars = grid[place // columns][2 * (place % columns) : 2 * (place % columns) + 2]
+    best = probabilities.topk(min(5, probabilities.shape[1]), dim=1)
+    for index in range(len(data)):
+        picture, bars = grid[index // columns][2 * (index % columns) : 2 * (index % columns) + 2]
         picture.imshow(data.read(torch.tensor([index]))[0].permute(1, 2, 0).numpy())
         truth = int(data.labels[index])
         right = int(best.indices[index, 0]) == truth

@@ -1,9 +1,10 @@
-"""The demo, from images to page."""
+"""The demo, from images to page: prepare, train, evaluate, look."""
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,24 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 import alexnet_triton
 from alexnet_triton.bench.cpu import training_step
 from alexnet_triton.bench.timing import in_turn, machine
 from alexnet_triton.demo import figures
+from alexnet_triton.demo.digits import write_digits
 from alexnet_triton.demo.page import write_page
 from alexnet_triton.fusion import unfuse
 from alexnet_triton.info import layer_table
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe import pictures
-from alexnet_triton.recipe.data import ImageSet, digits, stratified_split
-from alexnet_triton.recipe.evaluate import Normalise, accuracy, confusion_matrix, predict
-from alexnet_triton.recipe.images import image_folder
-from alexnet_triton.recipe.train import Augmentation, History, Interrupted, Settings, train
+from alexnet_triton.recipe import run as training
+from alexnet_triton.recipe.checkpoint import LAST
+from alexnet_triton.recipe.data import ImageSet
+from alexnet_triton.recipe.evaluate import Score, evaluate, log_probabilities
+from alexnet_triton.recipe.images import class_folders
+from alexnet_triton.recipe.loader import Loader
+from alexnet_triton.recipe.prepare import prepare
+from alexnet_triton.recipe.settings import History, Settings
+from alexnet_triton.recipe.signals import Interrupted
+from alexnet_triton.recipe.trained import Trained, load_trained
 from alexnet_triton.variants import VARIANTS
 
 BENCH_BATCH, BENCH_ROUNDS = 32, 3
+
+PACKED, RUN = "packed", "run"
+"""Folders that the demo makes, and makes anew."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,14 @@ class DemoOptions:
     seed: int = 0
     device: str | None = None
 
+    @property
+    def crop(self) -> int:
+        """Side of the network's input in pixels."""
+        return self.image_size or (67 if self.data is None else 128)
+
 
 def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
-    """Train, judge, measure, and write `index.html`, its pictures, `metrics.json` and `checkpoint.pt`.
+    """Prepare, train, judge, measure, and write `index.html`, its pictures, `metrics.json`, and the run's checkpoints.
 
     Returns:
         What `metrics.json` holds.
@@ -60,83 +75,120 @@ def run(options: DemoOptions, *, progress: bool = True) -> dict[str, Any]:
         Interrupted: Ctrl-C, after the checkpoint has been written.
     """
     out = _made(options.out)
-    checkpoint = out / "checkpoint.pt"
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(options.seed)
-    learn, held_out = stratified_split(_load(options, progress), 0.2, options.seed)
-    normalise = Normalise(*learn.statistics()[:2]).to(device)
-    model = AlexNet(len(learn.classes), variant=options.variant, init=options.init).to(device)
-    print(
-        f"AlexNet ({options.variant}) on {learn.name}: {len(learn):,} images to learn from, {len(held_out):,} "
-        f"held out, {len(learn.classes)} classes, on {device}; Ctrl-C stops and keeps {checkpoint}"
-    )
-    model.get_feature_vector(
-        normalise(learn.read(torch.arange(1)).to(device))
-    )  # what does not fit is said before any work
-    born = model.get_parameter("features.0.weight").detach().clone()
-    settings = Settings(options.epochs, options.batch_size, options.lr, seed=options.seed)
-    augment = _augmentation(options)
-    history = train(model, learn, held_out, normalise, settings, checkpoint, augment, progress=progress)
-    print("drawing and measuring")
+    told = _told(options)
+    _check(options)
+    for folder in (PACKED, RUN):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    _prepare(options, progress)
+    history = training.run(told, progress=progress)
+    checkpoint = out / RUN / LAST
+    print("evaluating, drawing and measuring")
     try:
-        logits = predict(model, held_out, normalise)
-        _draw(out, model, born, held_out, logits, history, options.seed)
-        metrics = _metrics(options, model, learn, held_out, logits, settings, history)
+        metrics = _shown(options, told, history, load_trained(checkpoint, device=options.device))
         write_page(metrics, out / "index.html")
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     except KeyboardInterrupt:
-        raise Interrupted(checkpoint) from None
-    print(f"{metrics['accuracy']:.1%} of the held-out images right after {history.seconds:.0f} s of training")
+        raise Interrupted(f"stopped; the network as trained is in {checkpoint}") from None
+    print(
+        f"{metrics['accuracy']:.1%} of the held-out images right after {history.seconds:.0f} s of training; by ten "
+        f"crops, mirrors among them, {metrics['ten_crop_accuracy']:.1%}"
+    )
     for row in metrics["throughput"]["images_per_second"]:
         print(f"  {row['network']:32}{row['inference']:8,.0f} images/s inference{row['training']:8,.0f} training")
     print(f"open {out / 'index.html'}")
     return metrics
 
 
-def _draw(
-    out: Path, model: AlexNet, born: Tensor, held_out: ImageSet, logits: Tensor, history: History, seed: int
-) -> None:
-    figures.curves(history, out / "curves.png")
-    pictures.confusion(confusion_matrix(logits, held_out.labels), held_out.classes, out / "confusion.png")
-    figures.guesses(held_out, logits, figures.choose(len(held_out), seed=seed), out / "guesses.png")
-    first = model.get_parameter("features.0.weight")
-    pictures.filters(first, out / "filters.png")
-    pictures.filters(first - born, out / "learned.png")
+def _told(options: DemoOptions) -> training.Options:
+    """What the run is told. Digits, which have a left and a right, are not mirrored."""
+    settings = Settings(
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        lr_scheduler="cosine",
+        clip_grad_norm=1.0,
+        mirror=options.data is not None,
+        seed=options.seed,
+    )
+    return training.Options(
+        options.out / PACKED,
+        held_out=0.2,
+        output_dir=options.out / RUN,
+        variant=options.variant,
+        init=options.init,
+        crop=options.crop,
+        keep=1,
+        device=options.device,
+        settings=settings,
+    )
 
 
-def _metrics(
-    options: DemoOptions,
-    model: AlexNet,
-    learn: ImageSet,
-    held_out: ImageSet,
-    logits: Tensor,
-    settings: Settings,
-    history: History,
-) -> dict[str, Any]:
-    device = next(model.parameters()).device
+def _check(options: DemoOptions) -> None:
+    """Say what does not fit before any work."""
+    torch.empty(0, device=options.device)
+    if options.data is not None:
+        class_folders(options.data, least=2)
+    AlexNet(2, variant=options.variant, device="meta")(torch.empty(1, 3, options.crop, options.crop, device="meta"))
+
+
+def _prepare(options: DemoOptions, progress: bool) -> None:
+    """Pack the images, as much larger than the network's input as 256 is than 227."""
+    source = options.data
+    if source is None:
+        source = options.out / "digits"
+        write_digits(source)
+    prepare(source, options.out / PACKED, -(-options.crop * 256 // 227), progress=progress)
+
+
+def _shown(options: DemoOptions, told: training.Options, history: History, trained: Trained) -> dict[str, Any]:
+    """Judge the network, draw the pictures, and give the page's numbers."""
+    learn, held_out = training.images(told)
+    loader = Loader(held_out, 2, next(trained.model.parameters()).device)
+    centre, ten = (evaluate([trained], loader, batch_size=64, ten_crop=crops).score for crops in (False, True))
+    _draw(options, trained, _born(told, learn), loader, centre, history)
+    model = trained.model
     return {
         "version": alexnet_triton.__version__,
         "variant": options.variant,
-        "settings": {**asdict(settings), "init": options.init},
+        "settings": {**asdict(told.settings), "init": options.init},
         "data": {
-            "name": learn.name,
+            "name": "scikit-learn digits" if options.data is None else options.data.resolve().name,
             "learned_from": len(learn),
-            "held_out": len(held_out),
+            "held_out": centre.images,
             "classes": len(learn.classes),
-            "image_size": learn.size,
+            "image_size": trained.crop,
             "grey": _is_grey(learn),
         },
-        "accuracy": accuracy(logits, held_out.labels),
-        "top5_accuracy": accuracy(logits, held_out.labels, 5),
-        "confusion": confusion_matrix(logits, held_out.labels).tolist(),
+        "accuracy": centre.top1,
+        "top5_accuracy": centre.top5,
+        "ten_crop_accuracy": ten.top1,
+        "confusion": centre.confusion.tolist(),
         "class_names": list(learn.classes),
         "history": asdict(history),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "filters": len(model.get_parameter("features.0.weight")),
-        "throughput": _throughput(model, options.variant, device),
-        "layers": _layers(options.variant, learn),
-        "machine": machine(device.type),
+        "throughput": _throughput(model, options.variant, loader.device),
+        "layers": _layers(options.variant, len(learn.classes), trained.crop),
+        "machine": machine(loader.device.type),
     }
+
+
+def _born(told: training.Options, learn: ImageSet) -> Tensor:
+    """The first layer's filters as they were before training."""
+    torch.manual_seed(told.settings.seed)
+    return training.network(told, learn).model.get_parameter("features.0.weight").detach()
+
+
+def _draw(options: DemoOptions, trained: Trained, born: Tensor, loader: Loader, score: Score, history: History) -> None:
+    out = options.out
+    figures.curves(history, out / "curves.png")
+    pictures.confusion(score.confusion.cpu(), trained.classes, out / "confusion.png")
+    chosen = torch.tensor(figures.choose(len(loader.data), seed=options.seed))
+    guesses = next(log_probabilities([trained], loader, [chosen]))[0].exp().cpu()
+    figures.guesses(loader.data.subset(chosen), guesses, out / "guesses.png")
+    first = trained.model.get_parameter("features.0.weight").detach().cpu()
+    pictures.filters(first, out / "filters.png")
+    pictures.filters(first - born, out / "learned.png")
 
 
 def _is_grey(data: ImageSet) -> bool:
@@ -152,22 +204,8 @@ def _made(out: Path) -> Path:
     return out
 
 
-def _load(options: DemoOptions, progress: bool) -> ImageSet:
-    if options.data is None:
-        return digits(options.image_size or 67)
-    return image_folder(options.data, options.image_size or 128, progress=progress)
-
-
-def _augmentation(options: DemoOptions) -> Augmentation | None:
-    """Photographs are shifted, turned, scaled a little and mirrored; the digits, cut out and centred, are not."""
-    if options.data is None:
-        return None
-    shift = v2.RandomAffine(8, (0.06, 0.06), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
-    return v2.Compose([shift, v2.RandomHorizontalFlip()])
-
-
-def _layers(variant: str, data: ImageSet) -> list[dict[str, Any]]:
-    rows = layer_table(variant, 1, len(data.classes), data.size)
+def _layers(variant: str, classes: int, size: int) -> list[dict[str, Any]]:
+    rows = layer_table(variant, 1, classes, size)
     return [{**asdict(row), "output": list(row.output)} for row in rows]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -158,29 +157,6 @@ class LabelledImages(ImageSet):
     def statistics(self, indices: Tensor | None = None) -> Statistics:
         """Of the images' colours."""
         return ColourSums.of(self.images if indices is None else self.images[indices]).statistics()
-
-
-def digits(size: int = 67) -> LabelledImages:
-    """The 1,797 scanned digits of scikit-learn (8x8 pixels, 16 levels), enlarged to `size` pixels a side.
-
-    They are the test set of the UCI handwritten digits (Alpaydin and Kaynak, 1998).
-
-    Raises:
-        DataError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            "the digits come with scikit-learn, which is not installed: pip install 'alexnet-triton[demo]', or "
-            "give a folder of images"
-        ) from error
-    bunch = load_digits()
-    grey = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    grey = F.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
-    images = grey.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    labels = torch.from_numpy(bunch.target).long()
-    return LabelledImages("scikit-learn digits", images, labels, tuple(str(name) for name in bunch.target_names))
 
 
 def stratified_split(data: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:

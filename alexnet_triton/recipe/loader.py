@@ -46,18 +46,20 @@ class Loader:
         Raises:
             DataError: an image cannot be read.
         """
-        ahead: Tensor | None = None
-        for images in self._read_ahead(iter(parts)):
-            if self._copies is None:
+        if self._copies is None:
+            for images in self._read_ahead(iter(parts)):
                 yield images.to(self.device)
-                continue
+            return
+        ahead: tuple[Tensor, torch.cuda.Event] | None = None
+        for images in self._read_ahead(iter(parts)):
             with torch.cuda.stream(self._copies):
                 copied = images.to(self.device, non_blocking=True)
+                following = copied, self._copies.record_event()
             if ahead is not None:
-                yield self._arrived(ahead)
-            ahead = copied
+                yield self._arrived(*ahead)
+            ahead = following
         if ahead is not None:
-            yield self._arrived(ahead)
+            yield self._arrived(*ahead)
 
     def _read_ahead(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         if self.workers == 0:
@@ -90,9 +92,8 @@ class Loader:
         images = self.data.read(part)
         return images if self._copies is None else images.pin_memory()
 
-    def _arrived(self, copied: Tensor) -> Tensor:
-        assert self._copies is not None
+    def _arrived(self, copied: Tensor, event: torch.cuda.Event) -> Tensor:
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self._copies)
+        current.wait_event(event)
         copied.record_stream(current)
         return copied

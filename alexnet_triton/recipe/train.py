@@ -1,221 +1,395 @@
-"""The training loop: SGD with momentum on images in memory, with checkpoints that survive Ctrl-C."""
+"""Training: epochs of steps, judged after each, and a run that goes on where it stopped, to the last bit.
+
+Everything that is drawn for an epoch, the order of the images and each image's crop, follows from the seed and the
+epoch's number alone, and belongs to a place in the order. So it is the same for any number of threads that read, any
+number of processes that share the work, and for a run that was stopped and goes on. Dropout's stream is kept in the
+checkpoints.
+"""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from alexnet_triton.recipe import augment
+from alexnet_triton.recipe.augment import Augment, Draws
+from alexnet_triton.recipe.checkpoint import LAST, CheckpointError, Checkpoints
 from alexnet_triton.recipe.data import ImageSet
-from alexnet_triton.recipe.evaluate import Normalise, accuracy, predict
+from alexnet_triton.recipe.evaluate import Score
+from alexnet_triton.recipe.loader import Loader
+from alexnet_triton.recipe.record import Record
+from alexnet_triton.recipe.rule import Rule
+from alexnet_triton.recipe.settings import History, Settings
+from alexnet_triton.recipe.signals import Interrupted, StopSignals
+from alexnet_triton.recipe.trained import Trained
+from alexnet_triton.recipe.world import World
 
-Augmentation = Callable[[Tensor], Tensor]
+FLAT_STEPS = 2000
+"""Steps after which a loss that is still that of guessing is warned about; of small sets of images fewer."""
+
+FEW_STEPS = 100
+"""The fewest, after three epochs; and so many losses are averaged."""
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and the way out."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after a checkpoint has been written to `checkpoint`."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(f"stopped; the network as trained so far is in {checkpoint}")
-        self.checkpoint = checkpoint
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run of training is told."""
-
-    epochs: int = 5
-    batch_size: int = 32
-    lr: float = 0.03
-    """Learning rate of the first step; it falls to zero along a cosine."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    clip: float = 1.0
-    """Largest norm of all gradients together; longer ones are scaled down to it."""
-    seed: int = 0
-
-
-@dataclass
-class History:
-    """What a run of training measured."""
-
-    step_loss: list[float] = field(default_factory=list)
-    """Cross-entropy of each step's batch, in nats."""
-    epoch_loss: list[float] = field(default_factory=list)
-    """Mean over an epoch of the training loss."""
-    held_out_loss: list[float] = field(default_factory=list)
-    held_out_accuracy: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    """Of training and evaluation together."""
-
-
-def train(
-    model: nn.Module,
-    learn: ImageSet,
-    held_out: ImageSet,
-    normalise: Normalise,
-    settings: Settings,
-    checkpoint: Path,
-    augment: Augmentation | None = None,
-    *,
-    progress: bool = True,
-) -> History:
-    """Train `model` in place, and write it to `checkpoint` after every epoch and on Ctrl-C.
+class Training:
+    """A run: a network, its images, its rule, and how far it has come.
 
     Args:
-        model: takes (N, 3, S, S) and gives (N, classes); trained where its parameters are.
-        learn: images to learn from.
-        held_out: images to judge by after every epoch.
-        normalise: from bytes to the model's input.
-        settings: epochs, batch size, rates, seed.
-        checkpoint: file that is written; see `save_checkpoint`.
-        augment: changes each image (3, S, S) uint8 when it is drawn.
+        trained: the network, in float32, with its classes and how its input is made. It is trained in place, where
+            `world` has its device; parameters that require no gradient stay as they are.
+        learn: images to learn from; their labels are indices into the network's classes, as are those of `held_out`.
+        held_out: images to judge by after each epoch.
+        settings: what decides how the run goes.
+        checkpoints: where it is written.
+        world: the processes that share it.
+        workers: threads that read images.
+        print_freq: steps from one look at the loss to the next on a GPU, which is not waited for in between.
+        compiled: compile the network with `torch.compile`.
         progress: show progress bars.
 
     Raises:
-        TrainingError: the loss is not finite; the checkpoint keeps the last finite state.
-        Interrupted: Ctrl-C came, and the checkpoint has been written. A second Ctrl-C does not wait.
+        ValueError: the crop is larger than the images, or no parameter requires a gradient.
     """
-    device = next(model.parameters()).device
-    draw = torch.Generator().manual_seed(settings.seed)
-    optimizer = torch.optim.SGD(
-        model.parameters(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    steps = math.ceil(len(learn) / settings.batch_size) * settings.epochs
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-    history, start = History(), time.perf_counter()
 
-    def save() -> None:
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise _diverged("a parameter is not finite", history, settings, checkpoint)
-        history.seconds = time.perf_counter() - start
-        save_checkpoint(checkpoint, model, learn, normalise, settings, history)
+    def __init__(
+        self,
+        trained: Trained,
+        learn: ImageSet,
+        held_out: ImageSet,
+        settings: Settings,
+        checkpoints: Checkpoints,
+        world: World,
+        *,
+        workers: int = 2,
+        print_freq: int = 10,
+        compiled: bool = False,
+        progress: bool = True,
+    ) -> None:
+        augment.centre(0, learn.size, settings.crop)  # says what is wrong with a crop
+        augment.centre(0, held_out.size, settings.crop)
+        self.trained, self.settings, self.world = trained, settings, world
+        self.learn, self.held_out = learn, held_out
+        self.checkpoints = checkpoints
+        self.print_freq = 1 if world.device.type == "cpu" else print_freq
+        self.progress = progress and world.leads
+        self.model = trained.model.to(world.device)
+        if world.device.type == "cuda":
+            self.model.to(memory_format=torch.channels_last)  # as the kernels read filters: no copies of them
+        self.rule = Rule(self.model, settings)
+        self.network = _network(self.model, world, compiled)
+        dtype = torch.bfloat16 if settings.amp else torch.float32
+        first = self.model.features[0]
+        reads_folded = isinstance(first, nn.Conv2d) and not compiled  # a compiler is to see ordinary tensors
+        self.augment = Augment(trained.statistics, settings.crop, dtype, first if reads_folded else None)
+        self.loader = Loader(learn, workers, world.device)
+        self.held_out_loader = Loader(held_out, workers, world.device)
+        self.history = History()
+        self.step = 0
+        """Steps taken of the epoch that is under way; epochs that are over have a row in `history`."""
+        self._right = 0
+        """Right guesses among the images of those steps."""
+        self._unread: list[Tensor] = []
+        """Of each step since the last look: the loss, and the right guesses, of this process's images."""
+        self._record: Record | None = None
+        self._signals = StopSignals(insist=world.size == 1)
+        self._mark = 0.0
+        self._warned = False
 
-    save()  # so that there is a place to say, whenever Ctrl-C comes
-    with _stop_flag() as stop_asked:
-        for epoch in range(1, settings.epochs + 1):
-            model.train()
-            order = torch.randperm(len(learn), generator=draw)
-            losses: list[float] = []
-            with tqdm(
-                total=len(learn), desc=f"epoch {epoch}/{settings.epochs}", unit="img", disable=not progress
-            ) as bar:
-                for indices in order.split(settings.batch_size):
-                    images, labels = learn.read(indices), learn.labels[indices].to(device)
-                    if augment is not None:
-                        images = torch.stack([augment(image) for image in images])
-                    loss = F.cross_entropy(model(normalise(images.to(device))), labels)
-                    value = loss.item()
-                    if not math.isfinite(value):
-                        raise _diverged(f"the loss is {value}", history, settings, checkpoint)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                    optimizer.step()
-                    scheduler.step()
-                    history.step_loss.append(value)
-                    losses.append(value)
-                    bar.update(len(indices))
-                    bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-                    if stop_asked():
-                        save()
-                        raise Interrupted(checkpoint)
-                logits = predict(model, held_out, normalise)
-                history.epoch_loss.append(sum(losses) / len(losses))
-                history.held_out_loss.append(F.cross_entropy(logits, held_out.labels).item())
-                history.held_out_accuracy.append(accuracy(logits, held_out.labels))
-                bar.set_postfix(loss=f"{history.epoch_loss[-1]:.3f}", held_out=f"{history.held_out_accuracy[-1]:.1%}")
-            _warn_of_a_plateau(history, len(learn.classes))
-            save()
-            if stop_asked():
-                raise Interrupted(checkpoint)
-    return history
+    @property
+    def batch(self) -> int:
+        """Images of a step, of all processes together."""
+        return self.settings.batch_size * self.world.size
 
+    # --- the run ----------------------------------------------------------------------------------------------
 
-def _diverged(what: str, history: History, settings: Settings, checkpoint: Path) -> TrainingError:
-    return TrainingError(
-        f"{what} at step {len(history.step_loss) + 1}: use a learning rate below {settings.lr:g}; the last good "
-        f"network is in {checkpoint}"
-    )
+    def run(self) -> History:
+        """Train to the end from wherever the run is, writing a checkpoint after each epoch.
 
+        Raises:
+            TrainingError: a loss or a parameter is not finite; the checkpoints hold finite ones.
+            Interrupted: Ctrl-C or SIGTERM came, and a checkpoint has been written. A second Ctrl-C does not wait.
+            DataError: an image cannot be read.
+        """
+        self._mark = time.perf_counter()
+        if self.world.leads:
+            self._record = Record(self.checkpoints.folder, len(self.history.step_loss))
+        try:
+            with self._signals:
+                if not self.history.step_loss:
+                    self.save()  # so that there is a network to point at, whatever happens
+                while len(self.history.epochs) < self.settings.epochs:
+                    self._epoch()
+        finally:
+            if self._record is not None:
+                self._record.close()
+        return self.history
 
-def save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    data: ImageSet,
-    normalise: Normalise,
-    settings: Settings,
-    history: History,
-) -> None:
-    """Write tensors and plain types only, atomically: `path` is the old file or the new one, never half of one.
+    def _epoch(self) -> None:
+        start, done, waited = time.perf_counter(), self.step * self.batch, self.loader.waited
+        self._learn()
+        seconds = time.perf_counter() - start
+        losses = self.history.step_loss[-self.step :]
+        held_out_loss, top1, top5 = self.judge()
+        row = {
+            "epoch": len(self.history.epochs) + 1,
+            "step": len(self.history.step_loss),
+            "lr": self.rule.lr,
+            "loss": sum(losses) / len(losses),
+            "top1": self._right / len(self.learn),
+            "held_out_loss": held_out_loss,
+            "held_out_top1": top1,
+            "held_out_top5": top5,
+            "images_per_second": max(0, len(self.learn) - done) / seconds,
+            "waiting": (self.loader.waited - waited) / seconds,
+            "seconds": self._seconds(),
+        }
+        best = held_out_loss < min(self.history.column("held_out_loss"), default=math.inf)
+        self.history.epochs.append(row)
+        self.step = self._right = 0
+        self.rule.end_epoch(held_out_loss)
+        self._warn_if_flat()
+        self.save(best)
+        if self._record is not None:
+            self._record.epoch(self.history)
 
-    Keys: `model` (state dict), `variant`, `classes`, `mean`, `std`, `image_size`, `settings`, `history`.
-    `torch.load(path, weights_only=True)` reads it, and `alexnet_triton.read_state_dict` its state dict.
-    """
-    content: dict[str, Any] = {
-        "model": model.state_dict(),
-        "variant": getattr(model, "variant", None),
-        "classes": list(data.classes),
-        "mean": normalise.mean.flatten(),
-        "std": normalise.std.flatten(),
-        "image_size": data.size,
-        "settings": asdict(settings),
-        "history": asdict(history),
-    }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    def _learn(self) -> None:
+        """Take the steps that the epoch has left."""
+        order, draws = self._drawn(len(self.history.epochs))
+        batches = torch.arange(len(self.learn)).split(self.batch)
+        left = batches[self.step :]
+        shares = [self.world.share(batch) for batch in left]
+        self.network.train()
+        with self._bar(f"epoch {len(self.history.epochs) + 1}/{self.settings.epochs}", self.learn) as bar:
+            bar.update(self.step * self.batch)
+            images = self.loader.batches(order[share] for share in shares)
+            for batch, share, bytes_ in zip(left, shares, images, strict=True):
+                labels = self.learn.labels[order[share]]
+                self._unread.append(self._step(bytes_, labels, draws.at(share), len(batch)))
+                self.step += 1
+                bar.update(len(batch))
+                if self.step % self.print_freq == 0 or self.step == len(batches):
+                    self._look(bar)
 
+    def _drawn(self, epoch: int) -> tuple[Tensor, Draws]:
+        """The order of an epoch's images, and what is drawn for each place in it."""
+        generator = torch.Generator().manual_seed((self.settings.seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(self.learn), generator=generator)
+        s = self.settings
+        draws = augment.draw(len(order), self.learn.size, s.crop, generator, mirror=s.mirror, colour=s.pca_std)
+        return order, draws
 
-@contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """While active, a first Ctrl-C is only noted; a second one interrupts as usual."""
-    asked = False
+    def _step(self, images: Tensor, labels: Tensor, draws: Draws, total: int) -> Tensor:
+        """A step on this process's part of a batch of `total` images.
 
-    def note(number: int, frame: object) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
+        Returns:
+            (2,), on the device: this part's share of the batch's mean loss, and its right guesses.
+        """
+        labels = labels.to(self.world.device, non_blocking=True)
+        logits = self.network(self.augment(images, draws)).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum") / total
+        self.rule.optimizer.zero_grad(set_to_none=True)
+        (loss * self.world.size).backward()  # gradients are averaged over the processes, and the loss is their sum
+        if self.settings.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
+        self.rule.optimizer.step()
+        right = logits.argmax(1).eq(labels).sum()
+        return torch.stack([loss.detach(), right.float()])
 
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _warn_of_a_plateau(history: History, classes: int) -> None:
-    flat = math.log(classes)
-    if len(history.epoch_loss) == 3 and all(abs(loss - flat) < 0.02 * flat for loss in history.epoch_loss):
-        warnings.warn(
-            f"the loss has stayed at ln({classes}) = {flat:.3f} for 3 epochs, that of guessing: the initialisation "
-            "of 2012 can do so for long, and init='kaiming' (--init kaiming) does not",
-            stacklevel=3,
+    def _look(self, bar: Any) -> None:
+        """Read the steps since the last look, in all processes, and whether one of them is to stop."""
+        *steps, (asked, _) = self._summed([*self._unread, self._asked()])
+        self._unread.clear()
+        for loss, right in steps:
+            self.history.step_loss.append(loss)
+            self._right += int(right)
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss is {loss}")
+            if self._record is not None:
+                self._record.step(len(self.history.step_loss), loss, self.rule.lr)
+        recent = self.history.step_loss[-min(20, self.step) :]
+        seen = min(self.step * self.batch, len(self.learn))
+        bar.set_postfix(
+            loss=f"{sum(recent) / len(recent):.3f}",
+            top1=f"{self._right / seen:.1%}",
+            waiting=f"{self.loader.waited / max(1e-9, time.perf_counter() - self._mark):.0%}",
+            refresh=False,
         )
+        self._warn_if_flat()
+        if asked:
+            self._leave()
+
+    @torch.no_grad()
+    def judge(self) -> tuple[float, float, float]:
+        """Mean cross-entropy in nats, and top-1 and top-5 accuracy, of the held-out images, each counted once."""
+        self.model.eval()
+        batches = torch.arange(len(self.held_out)).split(self.batch)
+        shares = [self.world.share(batch) for batch in batches]
+        score = Score.none(len(self.trained.classes), self.world.device)
+        with self._bar("held out", self.held_out) as bar:
+            images = self.held_out_loader.batches(shares)
+            for number, (batch, share, bytes_) in enumerate(zip(batches, shares, images, strict=True), 1):
+                draws = augment.centre(len(share), self.held_out.size, self.settings.crop)
+                logits = self.model(self.augment(bytes_, draws)).float()
+                score += Score.of(logits.log_softmax(1), self.held_out.labels[share].to(self.world.device))
+                bar.update(len(batch))
+                if number % self.print_freq == 0 and self._summed([self._asked()])[0][0]:
+                    self._leave()
+        score = Score(*(self.world.sum(part) for part in score))
+        return score.cross_entropy, score.top1, score.top5
+
+    # --- stopping ---------------------------------------------------------------------------------------------
+
+    def _asked(self) -> Tensor:
+        return torch.tensor([float(self._signals.asked > 0), 0.0], device=self.world.device)
+
+    def _summed(self, rows: list[Tensor]) -> list[list[float]]:
+        return self.world.sum(torch.stack(rows)).tolist()
+
+    def _leave(self) -> None:
+        path = self.save()
+        raise Interrupted(
+            f"stopped; the network as trained so far is in {path}, and --resume goes on from there",
+            self._signals.asked or signal.SIGTERM,
+        )
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {len(self.history.step_loss)}: use a learning rate below {self.settings.lr:g}, or "
+            f"--clip-grad-norm; the last good network is in {self.checkpoints.folder / LAST}"
+        )
+
+    def _warn_if_flat(self) -> None:
+        """Say once that the loss has stayed at that of guessing, and what to do."""
+        steps = len(self.history.step_loss)
+        if self._warned or steps < (FEW_STEPS if len(self.history.epochs) >= 3 else FLAT_STEPS):
+            return
+        self._warned = True
+        recent, flat = self.history.step_loss[-FEW_STEPS:], math.log(len(self.trained.classes))
+        if self.world.leads and abs(sum(recent) / len(recent) - flat) < 0.02 * flat:
+            warnings.warn(
+                f"after {steps:,} steps the loss is still ln({len(self.trained.classes)}) = {flat:.3f}, that of "
+                "guessing: the initialisation of 2012 can stay there for long, and init='kaiming' (--init kaiming) "
+                "does not",
+                stacklevel=2,
+            )
+
+    def _bar(self, what: str, images: ImageSet) -> Any:
+        return tqdm(total=len(images), desc=what, unit="img", disable=not self.progress, leave=images is self.learn)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def save(self, best: bool = False) -> Path:
+        """Write a checkpoint of the run as it is.
+
+        Returns:
+            The path of the newest checkpoint.
+
+        Raises:
+            TrainingError: a parameter is not finite, and nothing was written.
+        """
+        parameters = self.rule.parameters()
+        if not all(value.isfinite().all() for value in parameters.values()):
+            raise self._diverged("a parameter is not finite")
+        self._seconds()
+        random = self.world.gather(_random_state(self.world.device))
+        if self.world.leads:
+            training = {
+                "settings": asdict(self.settings),
+                "run": self._description(),
+                "history": asdict(self.history),
+                "step": self.step,
+                "right": self._right,
+                "rule": self.rule.state_dict(),
+                "random": random,
+            }
+            content = {**self.trained.content(parameters), "training": training}
+            self.checkpoints.save(content, len(self.history.step_loss), best)
+        return self.checkpoints.folder / LAST
+
+    def resume(self, content: dict[str, Any], name: str) -> None:
+        """Take up a run where a checkpoint left it.
+
+        Args:
+            content: of the checkpoint.
+            name: what errors call it.
+
+        Raises:
+            CheckpointError: the checkpoint is of another run: other settings, network, images or processes.
+        """
+        training = content["training"]
+        before, now = training["run"], self._description()
+        differing = [key for key in now if before.get(key) != now[key]]
+        changed = self.settings.changed(training["settings"])
+        if differing:
+            changed = f"{differing[0]} was {_short(before.get(differing[0]))} and is {_short(now[differing[0]])}"
+        if changed:
+            raise CheckpointError(
+                f"{name} is of a run that was told otherwise ({changed}): resume it as it was started, or start "
+                "another with --init-from"
+            )
+        self.rule.set_parameters(content["model"])
+        self.rule.load_state_dict(training["rule"])
+        self.history = History(**training["history"])
+        self.step, self._right = training["step"], training["right"]
+        _set_random_state(training["random"][self.world.rank], self.world.device)
+
+    def _description(self) -> dict[str, Any]:
+        """What must be the same when the run goes on, beside its settings."""
+        model = self.model
+        return {
+            "variant": model.variant,
+            "classes": list(self.trained.classes),
+            "images to learn from": len(self.learn),
+            "images held out": len(self.held_out),
+            "size of the images": self.learn.size,
+            "processes": self.world.size,
+            "dropout": [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)],
+            "frozen parameters": [name for name, p in model.named_parameters() if not p.requires_grad],
+        }
+
+    def _seconds(self) -> float:
+        now = time.perf_counter()
+        self.history.seconds += now - self._mark
+        self._mark = now
+        return self.history.seconds
+
+
+def _network(model: nn.Module, world: World, compiled: bool) -> nn.Module:
+    network: Any = torch.compile(model) if compiled else model
+    if world.size == 1:
+        return network
+    return DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

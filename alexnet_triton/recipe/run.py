@@ -1,0 +1,286 @@
+"""A run of training from its options: images, network, folder; then `train.Training`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from alexnet_triton.model import AlexNet
+from alexnet_triton.recipe import checkpoint, sources
+from alexnet_triton.recipe.checkpoint import LAST, CheckpointError, Checkpoints
+from alexnet_triton.recipe.data import DataError, ImageSet, stratified_split
+from alexnet_triton.recipe.evaluate import Score, evaluate
+from alexnet_triton.recipe.loader import Loader
+from alexnet_triton.recipe.record import Record
+from alexnet_triton.recipe.settings import History, Settings
+from alexnet_triton.recipe.signals import Interrupted
+from alexnet_triton.recipe.train import Training, TrainingError
+from alexnet_triton.recipe.trained import Trained, load_trained
+from alexnet_triton.recipe.world import World, world
+from alexnet_triton.variants import VARIANTS
+
+NEWEST = "newest"
+"""In the place of a checkpoint to resume: the newest of the run's folder, or the start where it has none."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `alexnet-triton train` is told; its options of the same names."""
+
+    data: Path
+    val: Path | None = None
+    held_out: float = 0.1
+    """Share of the images that is held out by the seed, where nothing else is given to judge by."""
+    output_dir: Path = Path("runs")
+    variant: str | None = None
+    """None: `"merged"`, or that of `init_from`."""
+    init: str | None = None
+    init_from: str | None = None
+    freeze: tuple[str, ...] = ()
+    """Names of modules, such as `features` or `classifier.1`, whose parameters stay as they are."""
+    dropout: float = 0.5
+    resume: str | None = None
+    """Path of a checkpoint, or `NEWEST`."""
+    size: int = 256
+    """Side, in pixels, that images of a folder are brought to; a packed data set has its own."""
+    crop: int | None = None
+    """None: the variant's own size; or, of smaller images, the same share of them."""
+    workers: int = 2
+    print_freq: int = 10
+    keep: int = 3
+    compiled: bool = False
+    device: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    """Its `crop` is decided here."""
+
+
+def run(options: Options, *, progress: bool = True) -> History:
+    """Train as the options say, and print what happens.
+
+    Raises:
+        DataError: the images cannot be used.
+        CheckpointError: the run's folder or the checkpoint to resume cannot be used.
+        ValueError: options that do not fit together, or are out of their range.
+        TrainingError: training cannot go on.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint has been written.
+    """
+    with world(options.device) as here:
+        try:
+            return _run(options, here, progress)
+        except (TrainingError, Interrupted) as error:
+            if here.leads:
+                raise
+            raise SystemExit(2 if isinstance(error, TrainingError) else 128 + error.signal) from None
+
+
+def _run(options: Options, here: World, progress: bool) -> History:
+    torch.manual_seed(options.settings.seed)
+    learn, held_out = images(options)
+    trained = network(options, learn)
+    settings = replace(options.settings, crop=trained.crop)
+    freeze(trained.model, options.freeze)
+    with _folder(options, here) as (checkpoints, content):
+        torch.manual_seed(options.settings.seed + here.rank)  # each process drops units of its own
+        training = Training(
+            trained,
+            learn,
+            held_out,
+            settings,
+            checkpoints,
+            here,
+            workers=options.workers,
+            print_freq=options.print_freq,
+            compiled=options.compiled,
+            progress=progress,
+        )
+        if content is not None:
+            training.resume(content, repr(str(options.resume)))
+        if here.leads:
+            _announce(training, options, content is not None)
+        history = training.run()
+        if here.leads:
+            _conclude(history, options.output_dir)
+    return history
+
+
+def judge(options: Options, *, progress: bool = True) -> Score:
+    """Judge the network of a checkpoint by the images that `run` would hold out, and print what comes of it.
+
+    Raises:
+        DataError: the images cannot be used.
+        ValueError: no checkpoint is given, it cannot be read, or its crop is larger than the images.
+    """
+    source = options.resume or options.init_from
+    if options.resume == NEWEST:
+        source = str(options.output_dir / LAST)
+    if source is None:
+        raise ValueError("--test-only judges the network of a checkpoint: name it with --resume or --init-from")
+    with world(options.device) as here:
+        trained = load_trained(source, variant=options.variant, device=here.device)
+        held_out = trained.labels(images(options)[1])
+        indices = here.share(torch.arange(len(held_out)))
+        loader = Loader(held_out, options.workers, here.device)
+        part = evaluate(
+            [trained], loader, indices, batch_size=options.settings.batch_size, progress=progress and here.leads
+        )
+        score = Score(*(here.sum(value) for value in part.score))
+        if here.leads:
+            print(
+                f"{score.top1:.2%} of {score.images:,} held-out images right, top-5 {score.top5:.2%}, cross-entropy "
+                f"{score.cross_entropy:.4f}: {source}"
+            )
+    return score
+
+
+# --- what a run stands on ---------------------------------------------------------------------------------------------
+
+
+def images(options: Options) -> tuple[ImageSet, ImageSet]:
+    """Images to learn from, and images held out, whose labels are indices into the same classes.
+
+    Raises:
+        DataError: they cannot be used, or a class that is held out is not learned.
+    """
+    inside = sources.train_and_val(options.data)
+    learn = sources.open_images(inside[0] if inside else options.data, options.size)
+    val = options.val or (inside and inside[1])
+    if len(learn.classes) < 2:
+        raise DataError(f"{learn.name!r} has {len(learn.classes)} classes, and at least 2 are needed")
+    if val is None:
+        return stratified_split(learn, options.held_out, options.settings.seed)
+    return learn, sources.open_images(val, options.size).with_classes(learn.classes)
+
+
+def network(options: Options, learn: ImageSet) -> Trained:
+    """The network to train, fresh or from a checkpoint with a new last layer.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is of another variant, or the crop does not fit.
+    """
+    classes = learn.classes
+    if options.init_from is None:
+        variant = options.variant or "merged"
+        model = AlexNet(len(classes), options.dropout, variant=variant, init=options.init)
+        own, statistics = VARIANTS[variant].image_size, learn.statistics()
+    else:
+        if options.init is not None:
+            raise ValueError("--init draws fresh parameters and --init-from takes a checkpoint's: give one of them")
+        start = load_trained(options.init_from, variant=options.variant)
+        model, own, statistics = start.model, start.crop, start.statistics
+        model.classifier[6] = nn.Linear(model.classifier[6].in_features, len(classes))
+        nn.init.normal_(model.classifier[6].weight, std=0.01)
+        nn.init.zeros_(model.classifier[6].bias)
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = options.dropout
+    crop = options.crop or crop_of(learn.size, own)
+    model.train()
+    model.get_feature_vector(torch.zeros(1, 3, crop, crop))  # what does not fit is said before any work
+    return Trained(model, classes, statistics, learn.size, crop)
+
+
+def crop_of(size: int, own: int) -> int:
+    """Side of the network's input, in pixels, where none is asked for.
+
+    Args:
+        size: of the images.
+        own: that the network was made for: taken where it fits, and else 227 parts of 256, as in 2012.
+    """
+    return own if size >= own else max(1, size * 227 // 256)
+
+
+def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Let the parameters of modules (or single parameters) of these names stay as they are.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    for name in names:
+        found = [p for key, p in model.named_parameters() if key == name or key.startswith(f"{name}.")]
+        if not found:
+            raise ValueError(
+                f"--freeze {name}: the network has no parameters of that name; it has features, classifier"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _folder(options: Options, here: World) -> Iterator[tuple[Checkpoints, dict[str, object] | None]]:
+    """The run's folder, this run's alone, and the checkpoint to go on from."""
+    folder = options.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is a file, and --output-dir needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder, options.keep)
+    lock = FileLock(folder / ".lock")
+    try:
+        if here.leads:
+            lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another run writes into {str(folder)!r}: choose another --output-dir") from None
+    try:
+        if here.leads:
+            checkpoints.clear_temporary()
+        path = checkpoints.newest() if options.resume == NEWEST else Path(options.resume) if options.resume else None
+        content = None if path is None else checkpoint.read(path)
+        _check_unused(checkpoints, options, content)
+        yield checkpoints, content
+    finally:
+        lock.release()
+
+
+def _check_unused(checkpoints: Checkpoints, options: Options, content: dict[str, object] | None) -> None:
+    """Refuse a folder whose checkpoints would be lost."""
+    newest = checkpoints.newest()
+    if newest is None:
+        return
+    if content is None:
+        raise CheckpointError(
+            f"{str(options.output_dir)!r} holds a run already: --resume goes on with it, or choose another --output-dir"
+        )
+    step = checkpoint.step_of(newest)
+    if step > checkpoint.steps(content):
+        raise CheckpointError(
+            f"{str(options.output_dir)!r} holds later checkpoints than {options.resume!r}, up to step {step:,}: choose "
+            "another --output-dir"
+        )
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def _announce(training: Training, options: Options, resumed: bool) -> None:
+    t, model = training, training.model
+    others = f" and {t.world.size - 1} more" if t.world.size > 1 else ""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"AlexNet ({model.variant}), {parameters:,} parameters to train, on {t.world.device}{others}"
+        f"{', mixed precision' if t.settings.amp else ''}\n"
+        f"{len(t.learn):,} images to learn from, {len(t.held_out):,} held out, {len(t.trained.classes)} classes; "
+        f"{t.learn.size}x{t.learn.size} pixels, cropped to {t.settings.crop}x{t.settings.crop}\n"
+        f"checkpoints and log.csv in {options.output_dir}; Ctrl-C stops and keeps {options.output_dir / LAST}"
+    )
+    if not Record.has_tensorboard():
+        print("TensorBoard is not installed, so no events are written (pip install tensorboard)")
+    if resumed:
+        print(f"going on after {len(t.history.epochs)} epochs and {t.step:,} steps")
+
+
+def _conclude(history: History, folder: Path) -> None:
+    if not history.epochs:
+        return
+    best = min(history.epochs, key=lambda row: row["held_out_loss"])
+    last = history.epochs[-1]
+    print(
+        f"{last['held_out_top1']:.2%} of the held-out images right (top-5 {last['held_out_top5']:.2%}) after "
+        f"{len(history.epochs)} epochs and {history.seconds:,.0f} s: {folder / LAST}\n"
+        f"lowest loss {best['held_out_loss']:.4f} in epoch {best['epoch']} ({best['held_out_top1']:.2%}): "
+        f"{folder / checkpoint.BEST}"
+    )
