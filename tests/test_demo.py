@@ -18,7 +18,7 @@ from alexnet_triton import alexnet
 from alexnet_triton.demo import figures, run
 from alexnet_triton.recipe import pictures
 from alexnet_triton.recipe.data import LabelledImages
-from alexnet_triton.recipe.train import History
+from alexnet_triton.recipe.settings import History
 
 PICTURES = ["curves.png", "guesses.png", "confusion.png", "filters.png", "learned.png"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,10 +51,11 @@ def shown(photographs, tmp_path_factory):
 
 def test_demo_writes_its_page_pictures_numbers_and_network(shown):
     out, metrics = shown
-    assert sorted(os.listdir(out)) == sorted(["index.html", "metrics.json", "checkpoint.pt", *PICTURES])
+    assert sorted(os.listdir(out)) == sorted(["index.html", "metrics.json", "packed", "run", *PICTURES])
     assert json.loads((out / "metrics.json").read_text()) == metrics
     assert metrics["data"]["learned_from"] + metrics["data"]["held_out"] == 12
-    assert len(metrics["history"]["epoch_loss"]) == 2
+    assert len(metrics["history"]["epochs"]) == 2
+    assert 0 <= metrics["ten_crop_accuracy"] <= 1
     assert sum(map(sum, metrics["confusion"])) == metrics["data"]["held_out"]
     networks = [row["network"] for row in metrics["throughput"]["images_per_second"]]
     assert networks == ["alexnet_triton (torchvision)", "the same in plain layers", "torchvision"]
@@ -63,7 +64,7 @@ def test_demo_writes_its_page_pictures_numbers_and_network(shown):
 
 def test_the_checkpoint_is_the_network_that_was_judged(shown):
     out, metrics = shown
-    model = alexnet(weights=out / "checkpoint.pt")
+    model = alexnet(weights=out / "run" / "last.pt")
     assert model.classifier[6].out_features == 2
     assert metrics["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -131,7 +132,7 @@ def test_ctrl_c_on_the_command_line_leaves_a_checkpoint_and_says_where(photograp
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 90
-        while not (tmp_path / "out" / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "out" / "run" / "last.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         time.sleep(2)
         process.send_signal(signal.SIGINT)
@@ -139,18 +140,19 @@ def test_ctrl_c_on_the_command_line_leaves_a_checkpoint_and_says_where(photograp
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert f"so far is in {tmp_path / 'out' / 'checkpoint.pt'}" in err
+    assert f"so far is in {tmp_path / 'out' / 'run' / 'last.pt'}" in err
     assert "Traceback" not in err
-    assert alexnet(weights=tmp_path / "out" / "checkpoint.pt").classifier[6].out_features == 2
+    assert alexnet(weights=tmp_path / "out" / "run" / "last.pt").classifier[6].out_features == 2
 
 
 def draw_all(path: Path, classes: int, count: int):
     names = tuple(f"a class with a long name {index}" for index in range(classes))
     data = LabelledImages("x", torch.zeros(count, 3, 8, 8).to(torch.uint8), torch.arange(count) % classes, names)
-    logits = torch.randn(count, classes)
-    figures.curves(History([1.0], [1.0], [1.0], [0.5], 1.0), path / "curves.png")
+    history = History([1.0], [{"loss": 1.0, "held_out_loss": 1.0, "held_out_top1": 0.5}])
+    figures.curves(history, path / "curves.png")
     pictures.confusion(torch.eye(classes).long(), names, path / "confusion.png")
-    figures.guesses(data, logits, figures.choose(count), path / "guesses.png")
+    chosen = data.subset(torch.tensor(figures.choose(count)))
+    figures.guesses(chosen, torch.randn(len(chosen), classes).softmax(1), path / "guesses.png")
     pictures.filters(torch.randn(5, 3, 11, 11), path / "filters.png")
     pictures.filters(torch.zeros(5, 3, 11, 11), path / "learned.png")
 
