@@ -191,6 +191,7 @@ def commands():
         made = [inspect.LayerLaunch("fc6", "forward", launch)]
         inspect.launches = lambda variant, dtype, batch, target, made=made: made
         inspect.update_launches = lambda variant, dtype, target: []
+        inspect.image_launches = lambda variant, dtype, batch, target: []
         with redirect_stdout(StringIO()) as out:
             code = cli.main(["inspect"])
         results[name] = [code, out.getvalue()]

@@ -85,6 +85,8 @@ def test_every_budget_holds(target, networks):
         maps = {(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "map"}
         pools = {(f"pool{n}", direction) for n in (1, 2, 5) for direction in inspect.DIRECTIONS[:2]}
         assert maps == {*pools, inspect.UPDATE}
+        [images] = [row for row in report["rows"] if row["kind"] == "bytes"]
+        assert (images["layer"], images["direction"], images["kernel"]) == (*inspect.IMAGES, "augment_kernel")
         for row in report["rows"]:  # no kernel that multiplies matrices passes for something else
             assert row["kind"] == "product" or not row["compiled"]["has_product"], row
 
@@ -105,8 +107,8 @@ LOOP = Loop(
 )
 GOOD = Compiled(
     kernel="gemm_kernel", warps=4, stages=3, registers=128, spilled_bytes=0, shared_memory=98_304, tensor_memory=0,
-    has_product=True, matrix_instructions=8, loads={128: 48}, copy_engine_loads=0, loop=LOOP, resident=2,
-    limited_by="shared memory",
+    has_product=True, instructions=1_000, matrix_instructions=8, loads={128: 48}, copy_engine_loads=0, loop=LOOP,
+    resident=2, limited_by="shared memory",
 )  # fmt: skip
 
 
@@ -149,6 +151,20 @@ def test_widths_of_loads():
     assert broken(straight, "map") == ["loads at most 8 bytes at once, expected 16"]
     assert broken(straight, "copy") == []  # copies take tensors as users have them
     assert broken(replace(GOOD, loop=replace(LOOP, loads={}), loads={32: 1}, copy_engine_loads=4)) == []
+
+
+def test_images_are_augmented_as_fast_as_memory_moves_them():
+    single = replace(GOOD, loop=None, loads={8: 24}, shared_memory=0)  # bytes, which no load can join
+    images, out = torch.empty(13_000, dtype=torch.uint8), torch.empty(13_000, dtype=torch.bfloat16)
+    made = SimpleNamespace(programs=3, tensors={"images": images, "out": out})
+    assert inspect.loops.issuing(made, single) == 1.0  # 3,000 cycles for three programs of four warps, and for 39 kB
+
+    def of(issuing, target="sm_90"):
+        return inspect.broken_budgets(single, "bytes", TARGETS[target], HALF, issuing=issuing)
+
+    assert of(1.0) == []
+    assert of(1.25) == ["takes 1.25 of its bytes' time to issue its instructions, expected at most 1"]
+    assert of(1.25, "gfx942") == []
 
 
 def test_issue_share_on_hopper():
@@ -260,7 +276,7 @@ def test_names_of_dtypes_on_the_command_line(monkeypatch):
     ("words", "message"),
     [
         (["--target", "sm_10"], f"unknown target 'sm_10': choose one of {', '.join(TARGETS)}"),
-        (["--layer", "conv6"], "unknown layer 'conv6': choose one of conv1, pool1, conv2"),
+        (["--layer", "conv6"], "unknown layer 'conv6': choose one of images, conv1, pool1"),
     ],
 )
 def test_unknown_names_are_refused_with_the_known_ones(words, message, capsys, monkeypatch):

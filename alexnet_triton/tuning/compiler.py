@@ -309,6 +309,8 @@ class Compiled:
     """Columns of a program (compute capability 10.0)."""
     has_product: bool
     """Whether the kernel's Triton code holds a `tl.dot`."""
+    instructions: int
+    """Of the whole kernel, of one warp."""
     matrix_instructions: int
     """In the whole kernel, of one warp."""
     loads: Mapping[int, int]
@@ -527,6 +529,7 @@ def _figures_of(
         shared_memory=shared,
         tensor_memory=tensor_memory,
         has_product="tt.dot" in str(compiled.asm["ttir"]),
+        instructions=len(instructions),
         matrix_instructions=sum(is_matrix(i.opcode) for i in instructions),
         loads=_loads(instructions),
         copy_engine_loads=sum(is_copy_engine(i.opcode) for i in instructions),

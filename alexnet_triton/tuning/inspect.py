@@ -36,9 +36,13 @@ CONVOLUTIONS = ("conv_kernel", "shifted_conv_kernel")
 """Kernels of a convolution's forward product and data gradient, by the loop that a config names."""
 
 LAYERS = ("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "fc6", "fc7", "fc8")
-UPDATE = ("update", "step")
-"""Layer and direction, as it were, of the rule that updates the parameters."""
-PLACES = (*LAYERS, UPDATE[0])
+IMAGES, UPDATE = ("images", "augment"), ("update", "step")
+"""Layer and direction, as it were, of what makes the network's input from bytes, and of the rule that updates the
+parameters."""
+PLACES = (IMAGES[0], *LAYERS, UPDATE[0])
+
+IMAGE_SIZE = 256
+"""Side of the images, in pixels, that a data set of 2012's recipe holds."""
 
 MOST_ISSUE_SHARE = 0.5
 """Of a matrix product on sm_90: from this share of the schedulers' time on, the tensor cores wait for instructions.
@@ -65,7 +69,7 @@ class LayerLaunch(NamedTuple):
     layer: str
     """Of `PLACES`."""
     direction: str
-    """Of `DIRECTIONS`, or that of `UPDATE`."""
+    """Of `DIRECTIONS`, or that of `IMAGES` or `UPDATE`."""
     launch: Launch
 
     @property
@@ -75,9 +79,15 @@ class LayerLaunch(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`"product"`: a sum of matrix products; `"map"`: one over maps or parameters; `"copy"`: what serves them."""
+        """What it is.
+
+        `"product"`: a sum of matrix products; `"map"`: a pass over maps or parameters; `"bytes"`: one over images;
+        `"copy"`: what serves them.
+        """
         if self.kernel in loops.PRODUCTS:
             return "product"
+        if self.layer == IMAGES[0]:
+            return "bytes"
         return "map" if self.layer.startswith(("pool", "update")) else "copy"
 
 
@@ -230,6 +240,30 @@ def update_launches(variant: str, dtype: torch.dtype, target: Target) -> list[La
     return [LayerLaunch(*UPDATE, one) for one in made]
 
 
+def image_launches(variant: str, dtype: torch.dtype, batch: int, target: Target) -> list[LayerLaunch]:
+    """The launch that makes a batch of a network's input from bytes, as its first layer reads it.
+
+    Args:
+        variant: of `alexnet_triton.AlexNet`.
+        dtype: of the input.
+        batch: number of images, of `IMAGE_SIZE` pixels a side.
+        target: where it would be made.
+    """
+    from alexnet_triton.kernels import augment, launch
+    from alexnet_triton.kernels.conv_shape import convolution
+
+    spec = VARIANTS[variant]
+    conv: Any = AlexNet(variant=variant, device="meta").features[0]
+    size = (batch, 3, spec.image_size, spec.image_size)
+    shape = convolution(size, tuple(conv.weight.shape), conv.stride, conv.padding, conv.groups)
+    packed = torch.empty(batch, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8, device="meta")
+    draws = torch.empty(batch, augment.FIELDS, device="meta")
+    with launch.recording(target) as made:
+        images, scale = packed.permute(0, 3, 1, 2), (1 / 255, 1 / 255, 1 / 255)
+        augment.augment(images, draws, scale, spec.image_size, shape.x_layout, shape.fold, dtype)
+    return [LayerLaunch(*IMAGES, one) for one in made]
+
+
 # --- budgets ------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +291,7 @@ def broken_budgets(
     dtype: torch.dtype,
     allowed: Allowed | None = None,
     slack: float = 1.0,
+    issuing: float = 0.0,
 ) -> list[str]:
     """The budgets that a launch breaks, a sentence each.
 
@@ -267,6 +302,7 @@ def broken_budgets(
         dtype: of its tensors.
         allowed: the exception that it stands in.
         slack: see `loops.slack`.
+        issuing: see `loops.issuing`.
     """
     broken = []
     half = dtype.itemsize == 2
@@ -284,7 +320,11 @@ def broken_budgets(
         if narrow:
             what = ", ".join(f"{count} of {bits // 8}" for bits, count in narrow.items())
             broken.append(f"loads fewer than 16 bytes at once in its main loop ({what} bytes), expected 16")
-    if kind != "copy" and compiled.loop is None and compiled.widest_load < 128:
+    # A pixel has three bytes, a crop begins anywhere and may be mirrored, so loads are of a byte each; what can be
+    # demanded is that issuing so many instructions takes no longer than memory takes to move the bytes.
+    if kind == "bytes" and target.backend == "cuda" and issuing > 1:
+        broken.append(f"takes {issuing:.2f} of its bytes' time to issue its instructions, expected at most 1")
+    if kind in ("product", "map") and compiled.loop is None and compiled.widest_load < 128:
         broken.append(f"loads at most {compiled.widest_load // 8} bytes at once, expected 16")
     share = compiled.issue_share
     if kind == "product" and half and target.arch == 90 and compiled.matrix_instructions:
@@ -330,9 +370,10 @@ def inspect(
         raise ValueError(f"the batch must hold at least 1 image, got {batch}")
     _need_triton()
     numbers: torch.dtype = getattr(torch, dtype)
-    made = launches(variant, numbers, batch, TARGETS[target]) + update_launches(variant, numbers, TARGETS[target])
+    made = image_launches(variant, numbers, batch, TARGETS[target]) + launches(variant, numbers, batch, TARGETS[target])
+    made += update_launches(variant, numbers, TARGETS[target])
     made = [one for one in made if one.layer in layers and (copies or one.kind != "copy")]
-    order = {name: number for number, name in enumerate([*PLACES, *DIRECTIONS, UPDATE[1]])}
+    order = {name: number for number, name in enumerate([*PLACES, IMAGES[1], *DIRECTIONS, UPDATE[1]])}
     made.sort(key=lambda one: (order[one.layer], order[one.direction]))
     return compile_rows(made, numbers, target, show_progress)
 
@@ -363,11 +404,13 @@ def compile_rows(
             broken = [f"does not compile: {figure}"]
         else:
             compiled = figure
-            slack = 1.0
+            slack, issuing = 1.0, 0.0
+            if one.kind == "bytes":
+                issuing = loops.issuing(one.launch, figure)
             if one.kind == "product":
                 allowed = EXCEPTIONS.get((target, one.layer, one.direction))
                 slack = loops.slack(one.launch, figure, TARGETS[target])
-            broken = broken_budgets(figure, one.kind, TARGETS[target], dtype, allowed, slack)
+            broken = broken_budgets(figure, one.kind, TARGETS[target], dtype, allowed, slack, issuing)
         place = (one.layer, one.direction, one.kernel, one.kind, one.launch.programs)
         rows.append(Row(*place, compiled, tuple(broken), allowed))
     return rows

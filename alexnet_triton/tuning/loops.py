@@ -81,3 +81,12 @@ def slack(made: Launch, compiled: Compiled, target: Target) -> float:
     cycles = tiles(made) * products.turns * products.multiply_adds * each / target.multiprocessors
     memory = moved(made) / (target.multiprocessors * MEMORY_BYTES)
     return max(1.0, loop.bytes / loop.tensor_cycles / L2_BYTES, memory / cycles)
+
+
+def issuing(made: Launch, compiled: Compiled) -> float:
+    """Cycles in which a launch without loops issues its instructions, over those in which memory moves its bytes.
+
+    A multiprocessor issues four instructions and gets `MEMORY_BYTES` in a cycle.
+    """
+    issued = made.programs * compiled.instructions * compiled.warps / 4
+    return issued / (moved(made) / MEMORY_BYTES)
