@@ -1,3 +1,5 @@
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -41,9 +43,10 @@ def noise(count=11, size=9, classes=4):
 def small(seed, crop=7, classes=4, scale=3.0):
     """A network of one layer, of certain and differing opinions."""
     torch.manual_seed(seed)
-    layers = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(3 * crop * crop, classes))
-    layers[2].weight.data.mul_(scale)
-    return Trained(layers, tuple("abcdefghij"[:classes]), STATISTICS, 9, crop)
+    features, head = nn.Sequential(nn.Dropout(0.5), nn.Flatten()), nn.Linear(3 * crop * crop, classes)
+    head.weight.data.mul_(scale)
+    model = nn.Sequential(OrderedDict(features=features, head=head))
+    return Trained(model, tuple("abcdefghij"[:classes]), STATISTICS, 9, crop)
 
 
 def reference(network, images, ten):
@@ -148,12 +151,12 @@ def test_modes_come_back_also_when_an_image_cannot_be_read():
             raise DataError("'x.jpg' is no image")
 
     network = small(0)
-    network.model[0].eval()
+    network.model.features.eval()
     data = Broken("noise", torch.zeros(3, 3, 9, 9).byte(), torch.zeros(3).long(), ("a", "b", "c", "d"))
     with pytest.raises(DataError, match="x.jpg"):
         evaluate([network], Loader(data, 2, CPU))
     assert network.model.training
-    assert not network.model[0].training
+    assert not network.model.features.training
 
 
 def test_mixed_precision_differs_by_its_rounding():

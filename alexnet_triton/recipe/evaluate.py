@@ -183,7 +183,7 @@ def log_probabilities(
                 count = len(images)
                 crops = ten(count, size, network.crop) if ten_crop else [centre(count, size, network.crop)]
                 with torch.autocast(device.type, half, enabled=amp):
-                    each = [network.model(augment(images, draws.to(device))) for draws in crops]
+                    each = [network.model(augment(images, draws)) for draws in crops]
                 answers.append(average(torch.stack(each).float().log_softmax(-1)))
             yield torch.stack(answers)
 

@@ -54,7 +54,7 @@ def features(
     augment = network.augment(half)
     centre(0, size, network.crop)  # a crop that does not fit is refused before any image is read
     for images in loader.batches(parts):
-        x = augment(images, centre(len(images), size, network.crop).to(device))
+        x = augment(images, centre(len(images), size, network.crop))
         with torch.autocast(device.type, half, enabled=amp):
             if layer in ("fc6", "fc7"):
                 x = model.get_feature_vector(x, layer)

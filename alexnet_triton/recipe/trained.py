@@ -126,7 +126,8 @@ class Trained:
 
     def augment(self, dtype: torch.dtype | None = None) -> Augment:
         """From images' bytes to this network's input, in `dtype`; None takes that of its parameters."""
-        return Augment(self.statistics, self.crop, dtype or next(self.model.parameters()).dtype)
+        dtype = dtype or next(self.model.parameters()).dtype
+        return Augment(self.statistics, self.crop, dtype, self.model.features[0])
 
     def labels(self, data: ImageSet) -> ImageSet:
         """The same images, with the indices that their classes have in this network.
