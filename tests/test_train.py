@@ -14,6 +14,7 @@ import pytest
 import small_run
 import torch
 from small_run import equal, network, patterns, resumed, state, training
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from alexnet_triton.recipe import checkpoint
@@ -40,9 +41,6 @@ def test_a_run_learns_and_writes_down_every_step_and_epoch(tmp_path):
 
 
 def test_events_are_written_for_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     history = training(tmp_path, epochs=1).run()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss/step")] == [1, 2, 3]

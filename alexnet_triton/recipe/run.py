@@ -268,7 +268,7 @@ def _announce(training: Training, options: Options, resumed: bool) -> None:
         f"checkpoints and log.csv in {options.output_dir}; Ctrl-C stops and keeps {options.output_dir / LAST}"
     )
     if not Record.has_tensorboard():
-        print("TensorBoard is not installed, so no events are written (pip install tensorboard)")
+        print("TensorBoard is not installed, so no events are written for it: pip install tensorboard")
     if resumed:
         print(f"going on after {len(t.history.epochs)} epochs and {t.step:,} steps")
 
