@@ -517,6 +517,42 @@ def test_other_gradients_are_refused_before_anything_changes(make, message, back
     assert not optimizer.state
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w, state: setattr(w, "data", torch.zeros(7)), "a velocity is (5,) of torch.float32 on cpu"),
+        (lambda w, state: setattr(w, "data", w.data.double()), "values are (5,) of torch.float64 on cpu"),
+        (lambda w, state: state.update(velocity=torch.empty(5, device="meta")), "(5,) of torch.float32 on meta"),
+    ],
+    ids=["shape", "dtype", "device"],
+)
+def test_a_parameter_that_is_no_longer_what_it_was_is_refused(change, message, backend):
+    weights = parameters([(6,), (5,)])
+    optimizer = KrizhevskySGD(weights, 0.1)
+    trained(optimizer, weights, [0.1])
+    weights[1].grad = None
+    change(weights[1], optimizer.state[weights[1]])
+    weights[1].grad = torch.ones_like(weights[1])
+    before = weights[0].detach().clone()
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        optimizer.step()
+    assert torch.equal(weights[0], before)
+
+
+def test_a_network_may_change_to_half_precision_and_back_between_steps(backend):
+    layer = nn.Linear(5, 3)
+    weights = list(layer.parameters())
+    optimizer, exact = KrizhevskySGD(weights, 0.1), InFloat64(weights)
+    for change in (layer.bfloat16, layer.float, layer.float, layer.bfloat16):
+        optimizer.zero_grad()
+        change()
+        give_gradients(weights)
+        optimizer.step()
+        exact.step([w.grad for w in weights], [0.1] * 2, [0.9] * 2, [5e-4] * 2)
+    assert all(rms_error(optimizer.master_of(w), wanted) < 4e-3 for w, wanted in zip(weights, exact.w, strict=True))
+    assert torch.equal(weights[0], optimizer.master_of(weights[0]).bfloat16())
+
+
 # --- masters ------------------------------------------------------------------------------------------------
 
 

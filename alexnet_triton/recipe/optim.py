@@ -78,7 +78,8 @@ class KrizhevskySGD(torch.optim.Optimizer):
             closure: evaluates the model again, and gives the loss, which is handed on.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex; then no parameter has changed.
+            RuntimeError: a gradient is sparse or complex, or a parameter is no longer what its state was made for;
+                then no parameter has changed.
         """
         loss = None
         if closure is not None:
@@ -164,6 +165,8 @@ class KrizhevskySGD(torch.optim.Optimizer):
         """The parameter's state, which is made where it is missing."""
         state: dict[str, Tensor] = self.state[parameter]
         half = parameter.dtype in HALF
+        if not half:
+            state.pop("master", None)  # of a time when it was
         if "velocity" in state and ("master" in state or not half):
             return state
         if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -187,8 +190,9 @@ class KrizhevskySGD(torch.optim.Optimizer):
         updates = []
         for parameter, group in found:
             state = self._state_of(parameter)
-            weight, velocity = state.get("master", parameter), state["velocity"]
-            updates.append(Update(parameter, parameter.grad, weight, velocity, group))
+            weight = state["master"] if parameter.dtype in HALF else parameter
+            _check_velocity(state["velocity"], weight)
+            updates.append(Update(parameter, parameter.grad, weight, state["velocity"], group))
         return updates
 
 
@@ -249,6 +253,16 @@ def _check_gradient(gradient: Tensor) -> None:
         raise RuntimeError(f"gradients must be dense, got {gradient.layout}: use nn.Embedding with sparse=False")
     if gradient.is_complex():
         raise RuntimeError(f"gradients must be real, got {gradient.dtype}")
+
+
+def _check_velocity(velocity: Tensor, weight: Tensor) -> None:
+    is_of = (velocity.shape, velocity.dtype, velocity.device)
+    if is_of != (weight.shape, weight.dtype, weight.device):
+        told, found = (f"{tuple(x.shape)} of {x.dtype} on {x.device}" for x in (velocity, weight))
+        raise RuntimeError(
+            f"a velocity is {told}, and its parameter's values are {found}: make the optimizer anew after a model's "
+            "shapes, dtype or device have changed"
+        )
 
 
 def _state_dtype(parameter: Tensor) -> torch.dtype:
