@@ -10,13 +10,11 @@ from alexnet_triton.recipe.data import DataError, LabelledImages, Statistics
 from alexnet_triton.recipe.evaluate import (
     Normalise,
     Score,
-    accuracy,
     autocast_dtype,
     average,
     confusion_matrix,
     evaluate,
     log_probabilities,
-    predict,
 )
 from alexnet_triton.recipe.loader import Loader
 from alexnet_triton.recipe.trained import Trained
@@ -63,6 +61,12 @@ def reference(network, images, ten):
     return torch.stack(rows).detach()
 
 
+def among_best(probabilities, labels, k):
+    """Share of images whose class is among the k most probable."""
+    ranks = (probabilities > probabilities[torch.arange(len(labels)), labels][:, None]).sum(1)
+    return (ranks < k).double().mean().item()
+
+
 @pytest.mark.parametrize("ten", [False, True])
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_networks_of_different_crops_are_judged_as_one_by_one_in_float64(ten, batch):
@@ -76,7 +80,7 @@ def test_networks_of_different_crops_are_judged_as_one_by_one_in_float64(ten, ba
     for score, probabilities in zip([found.score, *found.members], [together, *each], strict=True):
         loss = -probabilities[torch.arange(len(data)), data.labels].log().mean().item()
         assert score.cross_entropy == pytest.approx(loss, rel=1e-5)
-        assert score.top1 == accuracy(probabilities, data.labels)
+        assert score.top1 == among_best(probabilities, data.labels, 1)
         assert score.images == len(data)
         assert torch.equal(score.confusion, confusion_matrix(probabilities, data.labels))
     assert len({score.cross_entropy for score in found.members}) == 3
@@ -87,11 +91,11 @@ def test_top5_counts_the_five_best_and_of_fewer_classes_all():
     data = noise(40, classes=10)
     found = evaluate([small(0, classes=10)], Loader(data, 0, CPU))
     probabilities = reference(small(0, classes=10), data.images, False)
-    assert found.score.top5 == accuracy(probabilities, data.labels, 5)
+    assert found.score.top5 == among_best(probabilities, data.labels, 5)
     assert found.score.top1 < found.score.top5 < 1
     for label in range(10):
         of_class = data.labels == label
-        hits = round(accuracy(probabilities[of_class], data.labels[of_class], 5) * int(of_class.sum()))
+        hits = round(among_best(probabilities[of_class], data.labels[of_class], 5) * int(of_class.sum()))
         assert found.score.best[label] == hits
     pair = evaluate([small(0, classes=2)], Loader(noise(classes=2), 0, CPU))
     assert pair.score.top1 < pair.score.top5 == 1
@@ -187,13 +191,13 @@ def test_what_cannot_be_judged_is_said():
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_accuracy_counts_the_k_best_and_takes_k_beyond_the_classes():
+def test_a_score_takes_guesses_of_any_strides():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
     labels = torch.tensor([0, 1, 2])
-    assert accuracy(logits, labels) == 1 / 3
-    assert accuracy(logits, labels, 2) == 2 / 3
-    assert accuracy(logits, labels, 5) == 1
-    assert accuracy(logits.t().contiguous().t(), labels) == 1 / 3
+    for strided in (logits, logits.t().contiguous().t()):
+        score = Score.of(strided.log_softmax(1), labels)
+        assert (score.top1, score.top5, score.images) == (1 / 3, 1, 3)
+        assert score.best.tolist() == [1, 1, 1]
 
 
 def test_confusion_matrix_has_truth_in_rows():
@@ -209,12 +213,3 @@ def test_normalise_gives_mean_zero_and_deviation_one():
     assert x.dtype == torch.float32
     assert x.mean((0, 2, 3)).abs().max() < 1e-5
     assert (x.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
-
-
-def test_predict_runs_in_evaluation_mode_and_puts_the_mode_back():
-    data = LabelledImages("noise", torch.ones(5, 3, 4, 4).to(torch.uint8), torch.zeros(5).long(), ("a",))
-    model = nn.Sequential(nn.Flatten(), nn.Dropout(1.0), nn.Linear(48, 2))
-    logits = predict(model, data, Normalise(torch.zeros(3), torch.ones(3)), batch_size=2)
-    assert logits.shape == (5, 2)
-    assert not torch.equal(logits[0], model[2].bias)
-    assert model.training

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from alexnet_triton.recipe.augment import centre, ten
-from alexnet_triton.recipe.data import ImageSet
 from alexnet_triton.recipe.loader import Loader
 from alexnet_triton.recipe.trained import Trained
 
@@ -205,18 +204,6 @@ def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
             module.training = training
 
 
-def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Share of images whose class is among the k best guesses; k beyond the number of classes counts as all.
-
-    Args:
-        logits: (N, classes).
-        labels: (N,).
-        k: number of guesses.
-    """
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return best.eq(labels.reshape(-1, 1)).any(1).double().mean().item()
-
-
 def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """(classes, classes) int64: row = true class, column = best guess."""
     classes = logits.shape[1]
@@ -237,16 +224,3 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 -> float32 of the same shape."""
         return (images.float() / 255 - self.mean) / self.std
-
-
-@torch.no_grad()
-def predict(model: nn.Module, data: ImageSet, normalise: nn.Module, batch_size: int = 64) -> Tensor:
-    """Logits (N, classes) of every image, on the CPU, in evaluation mode; the model's mode is put back."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        batches = torch.arange(len(data)).split(batch_size)
-        return torch.cat([model(normalise(data.read(batch).to(device))).float().cpu() for batch in batches])
-    finally:
-        model.train(training)
