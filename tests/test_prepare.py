@@ -328,6 +328,20 @@ def test_chunks_that_do_not_have_their_checksums_are_made_again(source, tmp_path
     assert contents(tmp_path / "packed") == undisturbed
 
 
+def test_a_chunk_whose_files_have_changed_is_made_again(source, tmp_path, stopped, monkeypatch):
+    Image.new("RGB", (9, 9), "red").save(source / "cat" / "5.png")
+    assert go_on(source, tmp_path, monkeypatch) == [1, 3, 4]
+    (data,) = pack(source, tmp_path / "packed")
+    assert data.read(torch.tensor([5]))[0, :, 4, 4].tolist() == [255, 0, 0]
+
+
+def test_what_does_not_belong_behind_the_images_is_cut_off(source, tmp_path, stopped, undisturbed, monkeypatch):
+    with (stopped / "images.bin").open("ab") as file:
+        file.write(b"more")
+    assert go_on(source, tmp_path, monkeypatch) == [3, 4]
+    assert contents(tmp_path / "packed") == undisturbed
+
+
 def test_a_journal_cut_anywhere_costs_the_chunks_whose_lines_are_cut(
     source, tmp_path, stopped, undisturbed, monkeypatch
 ):
