@@ -33,9 +33,11 @@ class Score(NamedTuple):
     @staticmethod
     def none(classes: int, device: torch.device | None = None) -> Score:
         """Of no images."""
-        integers = {"dtype": torch.int64, "device": device}
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        return Score(loss, torch.zeros(classes, **integers), torch.zeros(classes, classes, **integers))
+        return Score(
+            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros(classes, dtype=torch.int64, device=device),
+            torch.zeros(classes, classes, dtype=torch.int64, device=device),
+        )
 
     @staticmethod
     def of(log_probabilities: Tensor, labels: Tensor) -> Score:

@@ -48,8 +48,8 @@ def write(folder: Path, evaluation: Evaluation, data: ImageSet, about: dict[str,
     """
     score, names = evaluation.score, data.classes
     with new_file(folder / "predictions.csv") as path:
-        header = ("file", "true", "guess", "probability_of_guess", "probability_of_true")
-        _write_csv(path, header, _predictions(evaluation, data))
+        columns = ("file", "true", "guess", "probability_of_guess", "probability_of_true")
+        _write_csv(path, columns, _predictions(evaluation, data))
     with new_file(folder / "classes.csv") as path:
         header = ("class", "images", "top1", f"top{min(BEST, len(names))}", "most_confused_with", "times")
         _write_csv(path, header, per_class(score, names))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_triton.caffe import read_mean
 from alexnet_triton.model import AlexNet
@@ -86,7 +86,7 @@ class Trained:
         return {
             "model": parameters,
             "variant": self.model.variant,
-            "lrn": isinstance(self.model.features[1], torch.nn.Sequential),
+            "lrn": isinstance(self.model.features[1], nn.Sequential),
             "classes": list(self.classes),
             "named": self.named,
             **{name: value.detach().float().cpu() for name, value in self.statistics._asdict().items()},
@@ -127,7 +127,8 @@ class Trained:
     def augment(self, dtype: torch.dtype | None = None) -> Augment:
         """From images' bytes to this network's input, in `dtype`; None takes that of its parameters."""
         dtype = dtype or next(self.model.parameters()).dtype
-        return Augment(self.statistics, self.crop, dtype, self.model.features[0])
+        first = self.model.features[0]
+        return Augment(self.statistics, self.crop, dtype, first if isinstance(first, nn.Conv2d) else None)
 
     def labels(self, data: ImageSet) -> ImageSet:
         """The same images, with the indices that their classes have in this network.
@@ -191,9 +192,10 @@ def load_trained(
         if trained.model.variant != "caffe":
             raise ValueError(f"a mean file belongs to variant 'caffe', and the network is {trained.model.variant!r}")
         trained.statistics = caffe_statistics(read_mean(mean))
-    # On a GPU the kernels read filters channels-last, and then copy none of them.
-    format = torch.channels_last if torch.device(device or "cpu").type == "cuda" else torch.preserve_format
-    trained.model.to(device, memory_format=format)
+    if device is not None:
+        trained.model.to(device)
+        if torch.device(device).type == "cuda":
+            trained.model.to(memory_format=torch.channels_last)  # as the kernels read filters: no copies of them
     return trained
 
 
