@@ -207,6 +207,10 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         (lambda c: c["model"].update(more=torch.zeros(1)), "the unknown 'more'"),
         (lambda c: c["model"].update({"features.0.weight": torch.zeros(8, 3, 11, 11)}), "those of no variant"),
         (lambda c: c["model"].update({"classifier.1.bias": torch.zeros(5)}), "no AlexNet of variant 'torchvision'"),
+        (
+            lambda c: c["model"].update({"features.3.bias": torch.full((192,), float("nan"))}),
+            "'features.3.bias' has val",
+        ),
         (lambda c: c.update(variant="merged"), "those of no variant"),
         (lambda c: c.update(classes=["a", "b"]), "does not name the 3 classes"),
         (lambda c: c.update(classes=["a", "b", 3]), "does not name the 3 classes"),

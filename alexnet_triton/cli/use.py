@@ -131,8 +131,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from alexnet_triton.recipe import report
     from alexnet_triton.recipe.evaluate import evaluate
     from alexnet_triton.recipe.loader import Loader
+    from alexnet_triton.recipe.memory import keep_freed_memory
     from alexnet_triton.recipe.use import labelled
 
+    keep_freed_memory()
     sources = list(dict.fromkeys([*options.checkpoint, *options.ensemble]))
     if not sources:
         raise ValueError("there is nothing to evaluate: name a network with --checkpoint")
@@ -215,8 +217,10 @@ def _predict(options: argparse.Namespace) -> None:
 def _features(options: argparse.Namespace) -> None:
     from alexnet_triton.recipe.features import check_target, write_features
     from alexnet_triton.recipe.loader import Loader
+    from alexnet_triton.recipe.memory import keep_freed_memory
     from alexnet_triton.recipe.use import gather
 
+    keep_freed_memory()
     check_target(options.out)
     network = _network(options, options.checkpoint)
     images = gather(options.images, network.size, options.skip_bad)

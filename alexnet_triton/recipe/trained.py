@@ -246,6 +246,9 @@ def _variant(state_dict: Mapping[str, Any], written: Any, asked: str | None, nam
 def _model(state_dict: dict[str, Tensor], variant: str, lrn: Any, classes: int, name: str) -> AlexNet:
     model = AlexNet(classes, variant=variant, lrn=lrn if isinstance(lrn, bool) else None, device="meta")
     floats = type(state_dict)((key, value.float()) for key, value in state_dict.items())
+    for key, value in floats.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is damaged, or its training has diverged: {key!r} has values that are not finite")
     try:
         model.load_state_dict(floats, assign=True)
     except RuntimeError as error:
