@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_triton import AlexNet, use_backend
 from alexnet_triton.folded import Folded
@@ -84,6 +85,30 @@ def test_under_autocast_too(monkeypatch):
     assert made[0] == "pack_kernel"
     wider = lies(x.float(), layers[0])  # whose dtype autocast changes
     assert all(map(torch.equal, answers(layers, wider, on=True), expected))
+
+
+def test_eager_calls_pass_the_dispatcher_by_and_dispatch_modes_see_them(monkeypatch):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names, layers, x = [], first_layer(), images()
+    expected, folded, own = answers(layers, x), lies(x, layers[0]), []
+    dispatch = Folded.__torch_dispatch__
+
+    def noting(cls, func, *rest):
+        own.append(func.name())
+        return dispatch(func, *rest)
+
+    monkeypatch.setattr(Folded, "__torch_dispatch__", classmethod(noting))
+    assert all(map(torch.equal, answers(layers, folded), expected))
+    assert own == []
+    with launches(monkeypatch) as made, Seen():
+        assert all(map(torch.equal, answers(layers, folded), expected))
+    assert "alexnet_triton::map_chain" in names
+    assert "alexnet_triton::map_chain_backward" in names
+    assert made[0] == "pack_kernel"
 
 
 def test_another_first_layer_gets_the_pixels():
@@ -191,6 +216,9 @@ def test_it_knows_what_it_is():
         assert getattr(folded, name) == getattr(x, name)
     assert folded.stride() == x.stride()
     assert folded.is_contiguous(memory_format=torch.channels_last)
+    assert folded.detach().matrix is folded.matrix
+    with pytest.raises(NotImplementedError, match="record_stream.*CPU"):  # as the matrix's own memory says
+        folded.record_stream(torch.Stream("cpu"))
 
 
 def test_it_stays_what_it_is_under_checkpoint_and_data_parallel(monkeypatch, tmp_path):
