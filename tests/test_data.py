@@ -140,6 +140,7 @@ MODES = {
     "a clear grey, 16 bits": (png(1, 16, 0, words(7), (b"tRNS", words(7))), WHITE),
     "beside a clear grey, 16 bits": (png(1, 16, 0, words(7), (b"tRNS", words(8))), (0, 0, 0)),
     "grey, 16 bits, TIFF": (encoded(GREY16, "TIFF"), (128, 128, 128)),
+    "grey, 32 bits, past 16": (encoded(Image.fromarray(np.full((16, 16), 2**31 - 1, np.int32)), "TIFF"), WHITE),
     "RGB, 16 bits": (png(1, 16, 2, words(0, 65535, 128 * 257)), (0, 255, 128)),
     "CMYK, as Adobe inverts it": (encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"), RED),
     "CMYK, white": (encoded(Image.new("CMYK", (16, 16)), "JPEG"), WHITE),
