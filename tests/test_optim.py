@@ -248,11 +248,13 @@ def layouts(dtype):
         return x.contiguous(memory_format=torch.channels_last)
 
     filters, gradient = drawn(8, 6, 3, 3), drawn(8, 6, 3, 3)
+    narrow = channels_last(drawn(8, 6, 3, 1))
     return {
         "both channels last": (channels_last(filters), channels_last(gradient), True),
         "filters channels last": (channels_last(filters), gradient, False),
         "gradient channels last": (filters, channels_last(gradient), False),
         "filters of one pixel": (channels_last(drawn(8, 6, 1, 1)), drawn(8, 6, 1, 1), True),
+        "filters one pixel wide": (narrow, drawn(8 * 6 * 3).as_strided(narrow.shape, (18, 1, 6, 1)), True),
         "both transposed": (drawn(6, 8).t(), drawn(6, 8).t(), True),
         "gradient transposed": (drawn(8, 6), drawn(6, 8).t(), False),
         "gradient of one number": (drawn(8, 6), drawn().expand(8, 6), False),
@@ -385,6 +387,15 @@ def test_a_rate_in_a_tensor_is_that_rate_and_may_change_in_place(backend):
     assert all(rms_error(a, b) < 1e-7 for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_rate_in_a_tensor_is_no_other_optimizers(backend):
+    for lr, moves in ((torch.tensor(0.1), True), (0.0, False)):
+        [w] = weights = parameters([(5,)])
+        before = w.detach().clone()
+        give_gradients(weights)
+        KrizhevskySGD(weights, lr).step()
+        assert torch.equal(w, before) != moves
+
+
 def test_a_step_on_a_gpu_reads_nothing_back_without_kernels_either(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with FakeTensorMode(), use_backend("reference"):  # which refuses to read a number
@@ -413,6 +424,7 @@ def test_a_compiled_step_is_the_same():
     compiled, plain = KrizhevskySGD(ours, 0.1), KrizhevskySGD(theirs, 0.1)
     trained(compiled, ours, [0.1])
     trained(plain, theirs, [0.1])
+    compiled.param_groups[0]["lr"] = torch.tensor(0.1)
     torch.compile(compiled.step, backend="aot_eager")()
     plain.step()
     assert rms_error(compiled.master_of(ours[0]), plain.master_of(theirs[0])) < 1e-7
