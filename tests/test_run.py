@@ -103,6 +103,7 @@ def test_a_network_that_goes_on_from_a_checkpoint_has_a_new_last_layer_and_its_o
     assert trained.classes == ("blue", "green", "red")
     assert (trained.model.variant, trained.crop) == ("paper", 75)
     assert trained.statistics.mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert torch.equal(trained.statistics.eigenvalues, learn.statistics().eigenvalues)
     assert torch.equal(trained.model.classifier[4].weight, start.model.classifier[4].weight)
     assert trained.model.classifier[6].out_features == 3
     assert {layer.p for layer in trained.model.modules() if isinstance(layer, nn.Dropout)} == {0.25}

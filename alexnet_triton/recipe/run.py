@@ -163,16 +163,17 @@ def network(options: Options, learn: ImageSet) -> Trained:
     Raises:
         ValueError: there is no such checkpoint, it is of another variant, or the crop does not fit.
     """
-    classes = learn.classes
+    classes, colours = learn.classes, learn.statistics()
     if options.init_from is None:
         variant = options.variant or "merged"
         model = AlexNet(len(classes), options.dropout, variant=variant, init=options.init)
-        own, statistics = VARIANTS[variant].image_size, learn.statistics()
+        own, statistics = VARIANTS[variant].image_size, colours
     else:
         if options.init is not None:
             raise ValueError("--init draws fresh parameters and --init-from takes a checkpoint's: give one of them")
         start = load_trained(options.init_from, variant=options.variant)
-        model, own, statistics = start.model, start.crop, start.statistics
+        model, own = start.model, start.crop
+        statistics = colours._replace(mean=start.statistics.mean, std=start.statistics.std)  # as it is used to
         model.classifier[6] = nn.Linear(model.classifier[6].in_features, len(classes))
         nn.init.normal_(model.classifier[6].weight, std=0.01)
         nn.init.zeros_(model.classifier[6].bias)

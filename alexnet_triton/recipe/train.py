@@ -175,7 +175,7 @@ class Training:
         shares = [self.world.share(batch) for batch in left]
         self.network.train()
         with self._bar(f"epoch {len(self.history.epochs) + 1}/{self.settings.epochs}", self.learn) as bar:
-            bar.update(self.step * self.batch)
+            bar.update(min(self.step * self.batch, len(self.learn)))
             images = self.loader.batches(order[share] for share in shares)
             for batch, share, bytes_ in zip(left, shares, images, strict=True):
                 labels = self.learn.labels[order[share]]
