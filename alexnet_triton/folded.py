@@ -62,12 +62,15 @@ class Folded(Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, strides: Any) -> Folded:
-        return Folded(inner["matrix"], *context, size)
+        layout, fold = context
+        return Folded(inner["matrix"], layout, fold, size)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in OPERATORS and not torch.compiler.is_compiling():
             return OPERATORS[func](*args, **kwargs)
@@ -110,7 +113,7 @@ class Folded(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.unfold_pixels().__reduce_ex__(protocol)
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Folded({self.unfold_pixels()!r})"
 
 

@@ -6,6 +6,7 @@
 | `conv`      | convolution + bias + ReLU, its data gradient, its weight and bias gradients                      |
 | `norm_pool` | local response normalisation + max pooling, forward and backward                                 |
 | `linear`    | dropout + linear + bias + ReLU, and its gradients                                                |
+| `augment`   | from bytes to the network's input: crop, mirror, colour, normalisation, conv1's layout           |
 | `sgd`       | the update rule over all parameters in one launch                                                |
 | `random`    | the Philox stream of dropout's masks                                                             |
 | `config`    | block sizes, warps and stages of each launch                                                     |

@@ -154,15 +154,15 @@ class Augment(nn.Module):
         statistics: of the images that the network learns from.
         crop: side of the crops in pixels.
         dtype: of the answer, floating-point.
-        conv: the network's first layer. Where it runs on the Triton kernels, the answer is written as it reads its
-            input, which saves a copy: see `alexnet_triton.folded.Folded`.
+        conv: the network's first layer. Where it is a strided convolution that runs on the Triton kernels, the answer
+            is written as it reads its input, which saves a copy: see `alexnet_triton.folded.Folded`.
 
     Raises:
         ValueError: another dtype.
     """
 
     def __init__(
-        self, statistics: Statistics, crop: int, dtype: torch.dtype = torch.float32, conv: nn.Conv2d | None = None
+        self, statistics: Statistics, crop: int, dtype: torch.dtype = torch.float32, conv: nn.Module | None = None
     ) -> None:
         super().__init__()
         if not dtype.is_floating_point:
@@ -233,10 +233,11 @@ class Augment(nn.Module):
         return f"crop={self.crop}, dtype={self.dtype}"
 
 
-def _folded(conv: nn.Conv2d, size: tuple[int, int, int, int]) -> Convolution | None:
+def _folded(conv: nn.Module, size: tuple[int, int, int, int]) -> Convolution | None:
     """The shapes of a first layer whose layout holds all pixels of such images; None where there is none."""
-    plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
-    if not plain or isinstance(conv.padding, str):
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+        return None
+    if isinstance(conv.padding, str):
         return None
     return _convolution(size, tuple(conv.weight.shape), conv.stride, conv.padding, conv.groups)
 
