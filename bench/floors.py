@@ -20,7 +20,7 @@ def least(layer: Layer, direction: str, itemsize: int) -> tuple[int, int]:
 
     Args:
         layer: of `checks.layers`.
-        direction: of `inspect.DIRECTIONS`.
+        direction: of `launches.DIRECTIONS`.
         itemsize: bytes of an element.
     """
     if isinstance(layer, Pool):

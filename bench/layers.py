@@ -24,7 +24,7 @@ from alexnet_triton.bench.plans import Plan, name_of
 from alexnet_triton.bench.results import OURS, Rows, checked
 from alexnet_triton.bench.timing import duration, heading, in_turn, over_sets, summary
 from alexnet_triton.tuning.accuracy import rms_error
-from alexnet_triton.tuning.inspect import DIRECTIONS
+from alexnet_triton.tuning.launches import DIRECTIONS
 
 THEIRS = "torch"
 SETS = 3
@@ -48,7 +48,7 @@ def plan(device: torch.device) -> Plan:
 
 
 def directions(layer: Layer) -> tuple[str, ...]:
-    """Those of `inspect.DIRECTIONS` that a layer has."""
+    """Those of `launches.DIRECTIONS` that a layer has."""
     return DIRECTIONS[:2] if isinstance(layer, Pool) else DIRECTIONS
 
 
@@ -188,7 +188,7 @@ def rows_of(
 
     Args:
         variant: whose layer it is.
-        name: of `inspect.LAYERS`.
+        name: of `launches.LAYERS`.
         layer: its sizes.
         dtype: of its tensors.
         batch: number of images.

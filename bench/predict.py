@@ -1,6 +1,6 @@
 """`alexnet-triton bench predict`: a model's estimate of every layer's time, for a card that need not be there.
 
-What a launch does is known without a card: its programs and turns from the arguments that `tuning.inspect.launches`
+What a launch does is known without a card: its programs and turns from the arguments that `tuning.launches.launches`
 records, a turn's instructions and how many programs a multiprocessor holds from the compiler. In cycles, for each
 launch, with the card's rates from `cards`:
 
@@ -43,7 +43,8 @@ from alexnet_triton.bench.floors import least
 from alexnet_triton.bench.plots.files import OURS, read
 from alexnet_triton.kernels.target import cdiv
 from alexnet_triton.tuning import loops
-from alexnet_triton.tuning.inspect import DIRECTIONS, DTYPES, LAYERS, LayerLaunch, launches, run_compiled
+from alexnet_triton.tuning.inspect import DTYPES, run_compiled
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS, LayerLaunch, launches
 from alexnet_triton.variants import VARIANTS
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from alexnet_triton.stages import ConvStage, PoolStage
 from alexnet_triton.tuning import autotune, candidates, table, trials
 from alexnet_triton.tuning.autotune import Options
 from alexnet_triton.tuning.candidates import Objection
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 from alexnet_triton.tuning.trials import Figures, Trial, Tuned
 from alexnet_triton.tuning.works import Work, works
 from alexnet_triton.variants import VARIANTS

@@ -21,7 +21,7 @@ import torch
 from alexnet_triton import cli
 from alexnet_triton.cli import words
 from alexnet_triton.kernels.target import TARGETS
-from alexnet_triton.tuning import inspect
+from alexnet_triton.tuning import inspect, launches
 from alexnet_triton.tuning.compiler import Compiled, Loop
 from alexnet_triton.variants import VARIANTS
 
@@ -80,13 +80,13 @@ def test_every_budget_holds(target, networks):
         assert not shares or max(shares) >= inspect.MOST_ISSUE_SHARE, f"{place} needs its exception no more: {allowed}"
     for report in reports.values():
         products = [(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "product"]
-        layers = [layer for layer in inspect.LAYERS if not layer.startswith("pool")]
-        assert sorted(products) == sorted((layer, direction) for layer in layers for direction in inspect.DIRECTIONS)
+        layers = [layer for layer in launches.LAYERS if not layer.startswith("pool")]
+        assert sorted(products) == sorted((layer, direction) for layer in layers for direction in launches.DIRECTIONS)
         maps = {(row["layer"], row["direction"]) for row in report["rows"] if row["kind"] == "map"}
-        pools = {(f"pool{n}", direction) for n in (1, 2, 5) for direction in inspect.DIRECTIONS[:2]}
-        assert maps == {*pools, inspect.UPDATE}
+        pools = {(f"pool{n}", direction) for n in (1, 2, 5) for direction in launches.DIRECTIONS[:2]}
+        assert maps == {*pools, launches.UPDATE}
         [images] = [row for row in report["rows"] if row["kind"] == "bytes"]
-        assert (images["layer"], images["direction"], images["kernel"]) == (*inspect.IMAGES, "augment_kernel")
+        assert (images["layer"], images["direction"], images["kernel"]) == (*launches.IMAGES, "augment_kernel")
         for row in report["rows"]:  # no kernel that multiplies matrices passes for something else
             assert row["kind"] == "product" or not row["compiled"]["has_product"], row
 
@@ -94,8 +94,8 @@ def test_every_budget_holds(target, networks):
 def test_exceptions_name_what_there_is():
     for (target, layer, direction), allowed in inspect.EXCEPTIONS.items():
         assert target in TARGETS
-        assert layer in inspect.LAYERS
-        assert direction in inspect.DIRECTIONS
+        assert layer in launches.LAYERS
+        assert direction in launches.DIRECTIONS
         assert allowed.issue_share >= inspect.MOST_ISSUE_SHARE
         assert allowed.reason
 
@@ -293,7 +293,7 @@ def test_an_interpreted_process_has_another_do_it(capfd, monkeypatch):
     report = json.loads(capfd.readouterr().out)
     assert (report["target"], report["dtype"], report["batch"]) == ("sm_90", "float16", 256)
     assert set(report["versions"]) == {"alexnet_triton", "triton", "torch"}
-    assert [(r["layer"], r["direction"]) for r in report["rows"]] == [("fc8", way) for way in inspect.DIRECTIONS]
+    assert [(r["layer"], r["direction"]) for r in report["rows"]] == [("fc8", way) for way in launches.DIRECTIONS]
     assert report["rows"][0]["issue_share"] < 0.5
     assert cli.main(["inspect", "--target", "sm_10"]) == 2
 

@@ -9,7 +9,7 @@ from alexnet_triton.bench import benchmark, layers, results
 from alexnet_triton.bench.checks import Conv, Linear, Pool, Scale
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.stages import ConvStage, PoolStage
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 CPU = torch.device("cpu")
 ROOFS = {"copy_gbs": 10.0, "tflops": {"float32": 0.1, "bfloat16": 0.2}}

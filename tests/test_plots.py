@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from alexnet_triton.bench import benchmark, plots
 from alexnet_triton.bench.plots import canvas
 from alexnet_triton.bench.plots.roofline import _intensity, _speed, _with_intensity
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 MACHINE = {
     "device": "Made-up Card 80GB", "driver": "570.1", "clocks": "1980 MHz", "torch": "2.14.1",

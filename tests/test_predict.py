@@ -22,7 +22,7 @@ from alexnet_triton.bench.predict import LATENCY, LAUNCH, Work, estimate, schedu
 from alexnet_triton.kernels import launch
 from alexnet_triton.kernels.config import ConvConfig
 from alexnet_triton.tuning import loops
-from alexnet_triton.tuning.inspect import LAYERS, launches
+from alexnet_triton.tuning.launches import LAYERS, launches
 from alexnet_triton.tuning.works import works
 from alexnet_triton.variants import VARIANTS
 

@@ -31,7 +31,8 @@ from alexnet_triton.kernels.target import TARGETS, Target
 from alexnet_triton.tuning import table
 from alexnet_triton.tuning.accuracy import rms_error
 from alexnet_triton.tuning.candidates import Objection
-from alexnet_triton.tuning.inspect import LAYERS, run_compiled
+from alexnet_triton.tuning.inspect import run_compiled
+from alexnet_triton.tuning.launches import LAYERS
 from alexnet_triton.tuning.trials import (
     Figures,
     Trial,
@@ -211,8 +212,8 @@ class Tuner:
         Args:
             variant: of `alexnet_triton.AlexNet`.
             batches: numbers of images.
-            layer: one of `inspect.LAYERS`; None for all.
-            direction: one of `inspect.DIRECTIONS`; None for all.
+            layer: one of `launches.LAYERS`; None for all.
+            direction: one of `launches.DIRECTIONS`; None for all.
         """
         found = []
         for batch in dict.fromkeys(batches):

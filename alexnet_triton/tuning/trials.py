@@ -19,7 +19,8 @@ from alexnet_triton.kernels.config import Config, NormPoolProblem, Problem
 from alexnet_triton.kernels.target import Target
 from alexnet_triton.tuning import candidates, loops
 from alexnet_triton.tuning.candidates import Objection
-from alexnet_triton.tuning.inspect import LayerLaunch, broken_budgets
+from alexnet_triton.tuning.inspect import broken_budgets
+from alexnet_triton.tuning.launches import LayerLaunch
 from alexnet_triton.tuning.works import Work, works
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 from alexnet_triton.kernels.config import Problem, WeightGradientProblem
 from alexnet_triton.kernels.target import Target
 from alexnet_triton.model import AlexNet
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS, linear_calls, stages_of
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS, linear_calls, stages_of
 from alexnet_triton.variants import VARIANTS
 
 
@@ -20,9 +20,9 @@ class Work(NamedTuple):
     """One launch, with the second one that adds its parts up where there is one, and its tensors."""
 
     layer: str
-    """Of `inspect.LAYERS`."""
+    """Of `launches.LAYERS`."""
     direction: str
-    """Of `inspect.DIRECTIONS`."""
+    """Of `launches.DIRECTIONS`."""
     problem: Problem
     again: Any
     """A function of a config: does the work with it, and gives the answer, a tensor or a tuple of some."""

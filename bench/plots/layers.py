@@ -18,7 +18,7 @@ from alexnet_triton.bench.plots.canvas import (
     tidy,
 )
 from alexnet_triton.bench.plots.files import OURS, Result, Row
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
     from matplotlib.axes import Axes

@@ -22,7 +22,7 @@ from alexnet_triton.bench.plots.canvas import (
     tidy,
 )
 from alexnet_triton.bench.plots.files import OURS, Result, Row, is_number
-from alexnet_triton.tuning.inspect import DIRECTIONS, LAYERS
+from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
     from matplotlib.axes import Axes
