@@ -13,12 +13,15 @@ from pathlib import Path
 import pytest
 import small_run
 import torch
+import torch.nn.functional as F
 from small_run import equal, network, patterns, resumed, state, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from alexnet_triton import AlexNet
 from alexnet_triton.recipe import checkpoint
 from alexnet_triton.recipe.checkpoint import CheckpointError, Checkpoints
+from alexnet_triton.recipe.optim import KrizhevskySGD
 from alexnet_triton.recipe.settings import COLUMNS, Settings
 from alexnet_triton.recipe.signals import Interrupted
 from alexnet_triton.recipe.train import TrainingError
@@ -200,6 +203,24 @@ def test_a_loss_that_stays_that_of_guessing_is_warned_about_once(tmp_path, monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         training(tmp_path / "learns", network(dropout=0.0), epochs=5, mirror=False, clip_grad_norm=1.0).run()
+
+
+def test_the_recommended_initialisation_learns_a_few_images_within_a_hundred_steps():
+    """BVLC/caffe#59, #2085 and others: 32 images of noise, and a loss that stayed at ln(4)."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        images, labels = torch.randn(32, 3, 67, 67), torch.arange(32) % 4
+        model = AlexNet(4, variant="paper", init="kaiming").train()
+        optimizer = KrizhevskySGD(model.parameters(), Settings().lr)
+        losses = []
+        while (len(losses) < 100 and sum(losses[-5:]) / 5 > 0.9 * math.log(4)) or len(losses) < 5:
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        assert len(losses) < 100, losses
 
 
 def test_the_rate_falls_three_times_on_a_plateau_and_stays(tmp_path):

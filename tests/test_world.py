@@ -14,13 +14,13 @@ from small_run import state, training
 
 from alexnet_triton.recipe.world import World, world
 
-
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def start(folder, processes, **told):
     """Start a run under torchrun."""
-    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}", small_run.__file__, str(folder), json.dumps(told)]
+    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    words += [small_run.__file__, str(folder), json.dumps(told)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *words],

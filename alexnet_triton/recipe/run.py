@@ -174,9 +174,10 @@ def network(options: Options, learn: ImageSet) -> Trained:
         start = load_trained(options.init_from, variant=options.variant)
         model, own = start.model, start.crop
         statistics = colours._replace(mean=start.statistics.mean, std=start.statistics.std)  # as it is used to
-        model.classifier[6] = nn.Linear(model.classifier[6].in_features, len(classes))
-        nn.init.normal_(model.classifier[6].weight, std=0.01)
-        nn.init.zeros_(model.classifier[6].bias)
+        head = nn.Linear(model.get_parameter("classifier.6.weight").shape[1], len(classes))
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        model.classifier[6] = head
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = options.dropout
