@@ -37,6 +37,7 @@ from alexnet_triton.bench import (
     roofs,
     tuning,
     update_checks,
+    waiting,
 )
 from alexnet_triton.bench.checks import Absent, Measure
 from alexnet_triton.bench.plans import Plan
@@ -202,6 +203,14 @@ def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
     yield "the README's training step", partial(graph_checks.check_recipe, run.scale, run.device)
 
 
+def _loading(run: Run) -> Iterator[tuple[str, Check]]:
+    """With as many threads that read as help, and with as many as `train` has unless it is told."""
+    threads = waiting.readers()
+    name = f"training of paper waits for packed images, {threads} threads read"
+    yield name, partial(waiting.check_waiting, "paper", threads, run.scale, run.device)
+    yield "the same, 2 threads read", partial(waiting.training, "paper", 2, run.scale, run.device)
+
+
 def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:
     yield "memcheck of a small op of each kind", partial(_memcheck, run)
 
@@ -316,13 +325,14 @@ class Part(NamedTuple):
 
 
 PARTS: dict[str, Part] = {
-    "machine": Part(15, _machine),
+    "machine": Part(10, _machine),
     "compile": Part(90, _compile),
     "networks": Part(45, _networks),
     "layers": Part(70, _layers),
     "repeats": Part(20, _repeats),
     "tuning": Part(80, _tuning),
-    "times": Part(105, _times),
+    "times": Part(90, _times),
+    "loading": Part(20, _loading),
     "graphs": Part(25, _graphs),
     "large": Part(20, _large),
     "second GPU": Part(10, _second_gpu),

@@ -11,7 +11,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 from torchvision.transforms.v2 import functional as transform
 
-from alexnet_triton.recipe.data import ImageSet, LabelledImages
+from alexnet_triton.recipe.data.sets import ImageSet, LabelledImages
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
 NOT_INSTALLED = "Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist"

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from alexnet_triton import AlexNet
-from alexnet_triton.recipe import checkpoint
-from alexnet_triton.recipe.checkpoint import Checkpoints
-from alexnet_triton.recipe.data import LabelledImages
-from alexnet_triton.recipe.settings import Settings
-from alexnet_triton.recipe.train import Training
+from alexnet_triton.recipe.data.sets import LabelledImages
+from alexnet_triton.recipe.train import checkpoint
+from alexnet_triton.recipe.train.checkpoint import Checkpoints
+from alexnet_triton.recipe.train.loop import Training
+from alexnet_triton.recipe.train.settings import Settings
+from alexnet_triton.recipe.train.world import World, world
 from alexnet_triton.recipe.trained import Trained
-from alexnet_triton.recipe.world import World, world
 
 CLASSES = tuple("abcd")
 SIZE, CROP = 75, 67

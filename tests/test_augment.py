@@ -15,7 +15,7 @@ from alexnet_triton.kernels.augment import augment as by_kernel
 from alexnet_triton.kernels.augment import pack_draws
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, PCAColor
-from alexnet_triton.recipe.data import ColourSums, Statistics
+from alexnet_triton.recipe.data.sets import ColourSums, Statistics
 from alexnet_triton.variants import VARIANTS
 
 

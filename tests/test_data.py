@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as transform
 
 from alexnet_triton.demo.digits import write_digits
-from alexnet_triton.recipe.data import DataError, LabelledImages, stratified_split
-from alexnet_triton.recipe.images import BadImage, class_folders, decode, fit, image_folder, read_image
+from alexnet_triton.recipe.data.images import BadImage, class_folders, decode, fit, image_folder, read_image
+from alexnet_triton.recipe.data.sets import DataError, LabelledImages, stratified_split
 
 
 def save(path, colour=(10, 20, 30), size=(40, 30), **options):

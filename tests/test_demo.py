@@ -16,9 +16,9 @@ from PIL import Image
 
 from alexnet_triton import alexnet
 from alexnet_triton.demo import figures, run
-from alexnet_triton.recipe import pictures
-from alexnet_triton.recipe.data import LabelledImages
-from alexnet_triton.recipe.settings import History
+from alexnet_triton.recipe.data.sets import LabelledImages
+from alexnet_triton.recipe.evaluate import pictures
+from alexnet_triton.recipe.train.settings import History
 
 PICTURES = ["curves.png", "guesses.png", "confusion.png", "filters.png", "learned.png"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -6,8 +6,9 @@ from torch import nn
 
 from alexnet_triton import AlexNet
 from alexnet_triton.recipe.augment import ten_crop
-from alexnet_triton.recipe.data import DataError, LabelledImages, Statistics
-from alexnet_triton.recipe.evaluate import (
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.sets import DataError, LabelledImages, Statistics
+from alexnet_triton.recipe.evaluate.evaluation import (
     Normalise,
     Score,
     autocast_dtype,
@@ -16,7 +17,6 @@ from alexnet_triton.recipe.evaluate import (
     evaluate,
     log_probabilities,
 )
-from alexnet_triton.recipe.loader import Loader
 from alexnet_triton.recipe.trained import Trained
 
 CPU = torch.device("cpu")

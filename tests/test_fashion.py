@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_triton.recipe.data import LabelledImages
-from alexnet_triton.recipe.images import FolderImages, class_folders
+from alexnet_triton.recipe.data.images import FolderImages, class_folders
+from alexnet_triton.recipe.data.sets import LabelledImages
 
 CLASSES = (
     "T-shirt-top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet_triton.recipe import packed, sources
-from alexnet_triton.recipe.data import ColourSums, DataError, LabelledImages
-from alexnet_triton.recipe.images import FolderImages
-from alexnet_triton.recipe.packed import open_packed, seal
+from alexnet_triton.recipe.data import packed, sources
+from alexnet_triton.recipe.data.images import FolderImages
+from alexnet_triton.recipe.data.packed import open_packed, seal
+from alexnet_triton.recipe.data.sets import ColourSums, DataError, LabelledImages
 
 FILES = ("images.bin", "labels.npy", "checksums.npy", "names.txt", "offsets.npy", "dataset.json")
 

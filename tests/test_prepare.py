@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from alexnet_triton.cli import main
-from alexnet_triton.recipe import chunks, journal, prepare
-from alexnet_triton.recipe.data import DataError, LabelledImages
-from alexnet_triton.recipe.images import read_image
-from alexnet_triton.recipe.packed import open_packed
+from alexnet_triton.recipe.data import chunks, journal, prepare
+from alexnet_triton.recipe.data.images import read_image
+from alexnet_triton.recipe.data.packed import open_packed
+from alexnet_triton.recipe.data.sets import DataError, LabelledImages
 
 FILES = {"checksums.npy", "dataset.json", "images.bin", "labels.npy", "names.txt", "offsets.npy"}
 SIZE, SLOT = 8, 192

@@ -12,12 +12,12 @@ from torch import nn
 
 from alexnet_triton import AlexNet
 from alexnet_triton.cli import main
-from alexnet_triton.recipe import checkpoint
-from alexnet_triton.recipe import run as training
-from alexnet_triton.recipe.checkpoint import CheckpointError, Checkpoints
-from alexnet_triton.recipe.data import DataError
-from alexnet_triton.recipe.run import Options, crop_of, freeze, images, network
-from alexnet_triton.recipe.settings import Settings
+from alexnet_triton.recipe.data.sets import DataError
+from alexnet_triton.recipe.train import checkpoint
+from alexnet_triton.recipe.train import run as training
+from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
+from alexnet_triton.recipe.train.run import Options, crop_of, freeze, images, network
+from alexnet_triton.recipe.train.settings import Settings
 from alexnet_triton.recipe.trained import Trained
 
 
@@ -162,7 +162,7 @@ def test_resume_without_a_checkpoint_starts(photographs, tmp_path, monkeypatch):
 
 def test_two_runs_do_not_write_into_one_folder(photographs, tmp_path, monkeypatch):
     small_network(monkeypatch)
-    from alexnet_triton.recipe.world import World
+    from alexnet_triton.recipe.train.world import World
 
     here = World(torch.device("cpu"))
     options = Options(photographs, output_dir=tmp_path)

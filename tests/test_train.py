@@ -19,12 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from alexnet_triton import AlexNet
-from alexnet_triton.recipe import checkpoint
-from alexnet_triton.recipe.checkpoint import CheckpointError, Checkpoints
 from alexnet_triton.recipe.optim import KrizhevskySGD
-from alexnet_triton.recipe.settings import COLUMNS, Settings
-from alexnet_triton.recipe.signals import Interrupted
-from alexnet_triton.recipe.train import TrainingError
+from alexnet_triton.recipe.train import checkpoint
+from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
+from alexnet_triton.recipe.train.loop import TrainingError
+from alexnet_triton.recipe.train.settings import COLUMNS, Settings
+from alexnet_triton.recipe.train.signals import Interrupted
 
 DROPS = {"lr_scheduler": "step", "lr_step_size": 1, "lr_gamma": 0.5}
 """A schedule that lowers the rate after every epoch."""
@@ -196,7 +196,7 @@ def test_a_loss_that_stays_that_of_guessing_is_warned_about_once(tmp_path, monke
     model = network()
     nn.init.zeros_(model.classifier[6].weight)
     nn.init.zeros_(model.classifier[6].bias)
-    monkeypatch.setattr("alexnet_triton.recipe.train.FEW_STEPS", 6)
+    monkeypatch.setattr("alexnet_triton.recipe.train.loop.FEW_STEPS", 6)
     with pytest.warns(UserWarning, match=r"still ln\(4\) = 1.386, that of guessing.*--init kaiming") as caught:
         training(tmp_path, model, epochs=5, lr=1e-12).run()
     assert len(caught) == 1

@@ -7,7 +7,7 @@ import torch
 from alexnet_triton import VARIANTS, AlexNet
 from alexnet_triton.recipe import trained as room
 from alexnet_triton.recipe.augment import centre
-from alexnet_triton.recipe.data import DataError, LabelledImages, Statistics
+from alexnet_triton.recipe.data.sets import DataError, LabelledImages, Statistics
 from alexnet_triton.recipe.trained import Trained, load_trained, read_names
 
 STATISTICS = Statistics(

@@ -11,14 +11,14 @@ from torch import nn
 from alexnet_triton import AlexNet
 from alexnet_triton.cli import main
 from alexnet_triton.cli.use import LAYER_NAMES
-from alexnet_triton.recipe import features as features_room
-from alexnet_triton.recipe import use
-from alexnet_triton.recipe.data import DataError, LabelledImages, Statistics
-from alexnet_triton.recipe.features import features, write_features
-from alexnet_triton.recipe.images import BadImage, read_image
-from alexnet_triton.recipe.loader import Loader
+from alexnet_triton.recipe.data.images import BadImage, read_image
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.sets import DataError, LabelledImages, Statistics
+from alexnet_triton.recipe.evaluate import features as features_room
+from alexnet_triton.recipe.evaluate import use
+from alexnet_triton.recipe.evaluate.features import features, write_features
+from alexnet_triton.recipe.evaluate.use import ImageFiles, gather, labelled, predict
 from alexnet_triton.recipe.trained import Trained
-from alexnet_triton.recipe.use import ImageFiles, gather, labelled, predict
 
 CPU = torch.device("cpu")
 SIZE, CROP = 70, 64

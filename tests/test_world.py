@@ -12,7 +12,7 @@ import small_run
 import torch
 from small_run import state, training
 
-from alexnet_triton.recipe.world import World, world
+from alexnet_triton.recipe.train.world import World, world
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 

@@ -29,7 +29,7 @@ def add_prepare(commands: Commands) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from alexnet_triton.recipe.prepare import prepare
+    from alexnet_triton.recipe.data.prepare import prepare
 
     o = options
     prepare(o.source, o.destination, o.size, workers=o.workers, skip_bad=o.skip_bad, progress=True)

@@ -109,7 +109,7 @@ def _add_run(train: argparse.ArgumentParser) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     from alexnet_triton.demo.run import DemoOptions, run
-    from alexnet_triton.recipe.memory import keep_freed_memory
+    from alexnet_triton.recipe.train.memory import keep_freed_memory
 
     keep_freed_memory()
     given = {name: value for name, value in vars(options).items() if name != "run" and value is not None}
@@ -117,9 +117,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from alexnet_triton.recipe.memory import keep_freed_memory
-    from alexnet_triton.recipe.run import Options, judge, run
-    from alexnet_triton.recipe.settings import Settings
+    from alexnet_triton.recipe.train.memory import keep_freed_memory
+    from alexnet_triton.recipe.train.run import Options, judge, run
+    from alexnet_triton.recipe.train.settings import Settings
 
     keep_freed_memory()
     given = vars(options)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from alexnet_triton.cli.words import VARIANT_NAMES, Commands, count, positive
 
 if TYPE_CHECKING:
-    from alexnet_triton.recipe.data import ImageSet
-    from alexnet_triton.recipe.evaluate import Evaluation
+    from alexnet_triton.recipe.data.sets import ImageSet
+    from alexnet_triton.recipe.evaluate.evaluation import Evaluation
     from alexnet_triton.recipe.trained import Trained
 
 LAYER_NAMES = ("conv5", "pool5", "fc6", "fc7")
@@ -128,11 +128,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from alexnet_triton.recipe import report
-    from alexnet_triton.recipe.evaluate import evaluate
-    from alexnet_triton.recipe.loader import Loader
-    from alexnet_triton.recipe.memory import keep_freed_memory
-    from alexnet_triton.recipe.use import labelled
+    from alexnet_triton.recipe.data.loader import Loader
+    from alexnet_triton.recipe.evaluate import report
+    from alexnet_triton.recipe.evaluate.evaluation import evaluate
+    from alexnet_triton.recipe.evaluate.use import labelled
+    from alexnet_triton.recipe.train.memory import keep_freed_memory
 
     keep_freed_memory()
     sources = list(dict.fromkeys([*options.checkpoint, *options.ensemble]))
@@ -164,8 +164,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _summary(options: argparse.Namespace, sources: list[str], data: ImageSet, result: Evaluation) -> str:
-    from alexnet_triton.recipe.evaluate import BEST
-    from alexnet_triton.recipe.report import table
+    from alexnet_triton.recipe.evaluate.evaluation import BEST
+    from alexnet_triton.recipe.evaluate.report import table
 
     scores = list(zip(sources, result.members, strict=True))
     if len(sources) > 1:
@@ -183,9 +183,9 @@ def _summary(options: argparse.Namespace, sources: list[str], data: ImageSet, re
 def _predict(options: argparse.Namespace) -> None:
     import json
 
-    from alexnet_triton.recipe.loader import Loader
-    from alexnet_triton.recipe.report import table
-    from alexnet_triton.recipe.use import gather, predict
+    from alexnet_triton.recipe.data.loader import Loader
+    from alexnet_triton.recipe.evaluate.report import table
+    from alexnet_triton.recipe.evaluate.use import gather, predict
 
     network = _network(options, options.checkpoint)
     images = gather(options.images, network.size, options.skip_bad)
@@ -215,10 +215,10 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> None:
-    from alexnet_triton.recipe.features import check_target, write_features
-    from alexnet_triton.recipe.loader import Loader
-    from alexnet_triton.recipe.memory import keep_freed_memory
-    from alexnet_triton.recipe.use import gather
+    from alexnet_triton.recipe.data.loader import Loader
+    from alexnet_triton.recipe.evaluate.features import check_target, write_features
+    from alexnet_triton.recipe.evaluate.use import gather
+    from alexnet_triton.recipe.train.memory import keep_freed_memory
 
     keep_freed_memory()
     check_target(options.out)
@@ -232,7 +232,7 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _filters(options: argparse.Namespace) -> None:
-    from alexnet_triton.recipe import pictures
+    from alexnet_triton.recipe.evaluate import pictures
     from alexnet_triton.recipe.files import check_new, new_file
     from alexnet_triton.variants import VARIANTS
 
@@ -260,7 +260,7 @@ def _device(options: argparse.Namespace) -> Any:
 
 
 def _report_bad(images: ImageSet) -> None:
-    from alexnet_triton.recipe.use import unreadable
+    from alexnet_triton.recipe.evaluate.use import unreadable
 
     bad = unreadable(images)
     for _, error in sorted(bad.items())[:5]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_triton.recipe.data import DataError
+from alexnet_triton.recipe.data.sets import DataError
 
 
 def write_digits(folder: Path) -> None:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from alexnet_triton.recipe.data import ImageSet
-from alexnet_triton.recipe.pictures import short
-from alexnet_triton.recipe.settings import History
+from alexnet_triton.recipe.data.sets import ImageSet
+from alexnet_triton.recipe.evaluate.pictures import short
+from alexnet_triton.recipe.train.settings import History
 
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8f98"
 

@@ -23,16 +23,16 @@ from alexnet_triton.demo.page import write_page
 from alexnet_triton.fusion import unfuse
 from alexnet_triton.info import layer_table
 from alexnet_triton.model import AlexNet
-from alexnet_triton.recipe import pictures
-from alexnet_triton.recipe import run as training
-from alexnet_triton.recipe.checkpoint import LAST
-from alexnet_triton.recipe.data import ImageSet
-from alexnet_triton.recipe.evaluate import Score, evaluate, log_probabilities
-from alexnet_triton.recipe.images import class_folders
-from alexnet_triton.recipe.loader import Loader
-from alexnet_triton.recipe.prepare import prepare
-from alexnet_triton.recipe.settings import History, Settings
-from alexnet_triton.recipe.signals import Interrupted
+from alexnet_triton.recipe.data.images import class_folders
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.prepare import prepare
+from alexnet_triton.recipe.data.sets import ImageSet
+from alexnet_triton.recipe.evaluate import pictures
+from alexnet_triton.recipe.evaluate.evaluation import Score, evaluate, log_probabilities
+from alexnet_triton.recipe.train import run as training
+from alexnet_triton.recipe.train.checkpoint import LAST
+from alexnet_triton.recipe.train.settings import History, Settings
+from alexnet_triton.recipe.train.signals import Interrupted
 from alexnet_triton.recipe.trained import Trained, load_trained
 from alexnet_triton.variants import VARIANTS
 

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from alexnet_triton.backend import takes_triton
 from alexnet_triton.folded import Folded
 from alexnet_triton.library import on_device
-from alexnet_triton.recipe.data import Statistics
+from alexnet_triton.recipe.data.sets import Statistics
 
 if TYPE_CHECKING:
     from alexnet_triton.kernels.conv_shape import Convolution

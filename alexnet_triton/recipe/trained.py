@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alexnet_triton.caffe import read_mean
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.augment import Augment
-from alexnet_triton.recipe.data import DataError, ImageSet, Statistics
+from alexnet_triton.recipe.data.sets import DataError, ImageSet, Statistics
 from alexnet_triton.variants import VARIANTS
 from alexnet_triton.weights import (
     is_published,

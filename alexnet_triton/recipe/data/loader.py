@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from alexnet_triton.recipe.data import ImageSet
+from alexnet_triton.recipe.data.sets import ImageSet
 
 
 class Loader:

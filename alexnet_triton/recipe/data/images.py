@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alexnet_triton.recipe.data import ColourSums, DataError, ImageSet, LabelledImages, Statistics
+from alexnet_triton.recipe.data.sets import ColourSums, DataError, ImageSet, LabelledImages, Statistics
 
 if TYPE_CHECKING:
     from PIL import Image

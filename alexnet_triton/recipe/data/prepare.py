@@ -21,12 +21,21 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from alexnet_triton.recipe.chunks import Chunk, in_order
-from alexnet_triton.recipe.data import ColourSums, DataError
-from alexnet_triton.recipe.images import BadImage, ClassFolders, FolderImages, class_folders
-from alexnet_triton.recipe.journal import Journal, Made
-from alexnet_triton.recipe.packed import IMAGES, PASSED_OVER, PackedImages, Slots, is_packed, open_packed, seal, sync
-from alexnet_triton.recipe.sources import train_and_val
+from alexnet_triton.recipe.data.chunks import Chunk, in_order
+from alexnet_triton.recipe.data.images import BadImage, ClassFolders, FolderImages, class_folders
+from alexnet_triton.recipe.data.journal import Journal, Made
+from alexnet_triton.recipe.data.packed import (
+    IMAGES,
+    PASSED_OVER,
+    PackedImages,
+    Slots,
+    is_packed,
+    open_packed,
+    seal,
+    sync,
+)
+from alexnet_triton.recipe.data.sets import ColourSums, DataError
+from alexnet_triton.recipe.data.sources import train_and_val
 
 CHUNK = 128
 """Images of a chunk: a second's work of a process, and no more is lost where one is killed."""

@@ -24,16 +24,16 @@ from tqdm import tqdm
 
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, Draws
-from alexnet_triton.recipe.checkpoint import LAST, CheckpointError, Checkpoints
-from alexnet_triton.recipe.data import ImageSet
-from alexnet_triton.recipe.evaluate import Score
-from alexnet_triton.recipe.loader import Loader
-from alexnet_triton.recipe.record import Record
-from alexnet_triton.recipe.rule import Rule
-from alexnet_triton.recipe.settings import History, Settings
-from alexnet_triton.recipe.signals import Interrupted, StopSignals
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.sets import ImageSet
+from alexnet_triton.recipe.evaluate.evaluation import Score
+from alexnet_triton.recipe.train.checkpoint import LAST, CheckpointError, Checkpoints
+from alexnet_triton.recipe.train.record import Record
+from alexnet_triton.recipe.train.rule import Rule
+from alexnet_triton.recipe.train.settings import History, Settings
+from alexnet_triton.recipe.train.signals import Interrupted, StopSignals
+from alexnet_triton.recipe.train.world import World
 from alexnet_triton.recipe.trained import Trained
-from alexnet_triton.recipe.world import World
 
 FLAT_STEPS = 2000
 """Steps after which a loss that is still that of guessing is warned about; of small sets of images fewer."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from alexnet_triton.recipe.augment import centre, ten
-from alexnet_triton.recipe.loader import Loader
+from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.trained import Trained
 
 BEST = 5

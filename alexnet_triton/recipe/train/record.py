@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from alexnet_triton.recipe.settings import COLUMNS, History
+from alexnet_triton.recipe.train.settings import COLUMNS, History
 
 
 class Record:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alexnet_triton.recipe.data import ColourSums
-from alexnet_triton.recipe.images import BadImage, read_image
-from alexnet_triton.recipe.journal import Made
+from alexnet_triton.recipe.data.images import BadImage, read_image
+from alexnet_triton.recipe.data.journal import Made
+from alexnet_triton.recipe.data.sets import ColourSums
 from alexnet_triton.workers import Task, WorkerDied, Workers
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from alexnet_triton.recipe.data import DataError, ImageSet
-from alexnet_triton.recipe.images import FolderImages, class_folders
-from alexnet_triton.recipe.packed import is_packed, open_packed
+from alexnet_triton.recipe.data.images import FolderImages, class_folders
+from alexnet_triton.recipe.data.packed import is_packed, open_packed
+from alexnet_triton.recipe.data.sets import DataError, ImageSet
 
 
 def open_images(path: str | os.PathLike[str], size: int = 256) -> ImageSet:

@@ -12,17 +12,18 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from alexnet_triton.model import AlexNet
-from alexnet_triton.recipe import checkpoint, sources
-from alexnet_triton.recipe.checkpoint import LAST, CheckpointError, Checkpoints
-from alexnet_triton.recipe.data import DataError, ImageSet, stratified_split
-from alexnet_triton.recipe.evaluate import Score, evaluate
-from alexnet_triton.recipe.loader import Loader
-from alexnet_triton.recipe.record import Record
-from alexnet_triton.recipe.settings import History, Settings
-from alexnet_triton.recipe.signals import Interrupted
-from alexnet_triton.recipe.train import Training, TrainingError
+from alexnet_triton.recipe.data import sources
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.sets import DataError, ImageSet, stratified_split
+from alexnet_triton.recipe.evaluate.evaluation import Score, evaluate
+from alexnet_triton.recipe.train import checkpoint
+from alexnet_triton.recipe.train.checkpoint import LAST, CheckpointError, Checkpoints
+from alexnet_triton.recipe.train.loop import Training, TrainingError
+from alexnet_triton.recipe.train.record import Record
+from alexnet_triton.recipe.train.settings import History, Settings
+from alexnet_triton.recipe.train.signals import Interrupted
+from alexnet_triton.recipe.train.world import World, world
 from alexnet_triton.recipe.trained import Trained, load_trained
-from alexnet_triton.recipe.world import World, world
 from alexnet_triton.variants import VARIANTS
 
 NEWEST = "newest"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alexnet_triton.recipe import pictures
-from alexnet_triton.recipe.data import ImageSet
-from alexnet_triton.recipe.evaluate import BEST, Evaluation, Score
+from alexnet_triton.recipe.data.sets import ImageSet
+from alexnet_triton.recipe.evaluate import pictures
+from alexnet_triton.recipe.evaluate.evaluation import BEST, Evaluation, Score
 from alexnet_triton.recipe.files import check_new, new_file
 
 FILES = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png", "predictions.csv")

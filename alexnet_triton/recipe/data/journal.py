@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alexnet_triton.recipe.data import ColourSums, DataError
+from alexnet_triton.recipe.data.sets import ColourSums, DataError
 
 
 class Made(NamedTuple):

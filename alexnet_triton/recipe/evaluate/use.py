@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from alexnet_triton.recipe.data import DataError, ImageSet
-from alexnet_triton.recipe.evaluate import log_probabilities
-from alexnet_triton.recipe.images import BadImage, read_image
-from alexnet_triton.recipe.loader import Loader
-from alexnet_triton.recipe.packed import is_packed, open_packed
-from alexnet_triton.recipe.sources import open_images, train_and_val
+from alexnet_triton.recipe.data.images import BadImage, read_image
+from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.packed import is_packed, open_packed
+from alexnet_triton.recipe.data.sets import DataError, ImageSet
+from alexnet_triton.recipe.data.sources import open_images, train_and_val
+from alexnet_triton.recipe.evaluate.evaluation import log_probabilities
 from alexnet_triton.recipe.trained import Trained
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.optim import KrizhevskySGD, biases_apart
-from alexnet_triton.recipe.settings import Settings
+from alexnet_triton.recipe.train.settings import Settings
 
 DROPS = 3
 """How often a plateau lowers the rate at most: from 0.01 to 0.00001 in 2012."""

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alexnet_triton.recipe.data import DataError, ImageSet, Statistics
+from alexnet_triton.recipe.data.sets import DataError, ImageSet, Statistics
 
 FORMAT, VERSION = "alexnet-triton packed images", 1
 

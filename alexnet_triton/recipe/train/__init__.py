@@ -1,0 +1,1 @@
+"""A run of training: its settings, rule, loop, checkpoints and processes."""
