@@ -70,10 +70,13 @@ def add_bench(commands: Commands) -> None:
     add_out(data)
     data.add_argument("--images", type=positive, default=64, metavar="N", help="generated; default: %(default)s")
     data.add_argument("--batch", type=positive, default=32, metavar="N", help="default: %(default)s")
-    workers = "processes of a DataLoader; default: 0, 1, 2, ... up to one a core"
+    workers = "that read on whole paths; default: 0, 1, 2, ... up to one a core"
     data.add_argument("--workers", type=counts, metavar="N,N,...", help=workers)
     data.add_argument("--rounds", type=positive, default=7, metavar="N", help="default: %(default)s")
-    data.add_argument("--size", type=positive, default=224, metavar="PIXELS", help="default: %(default)s")
+    size = "side that images are brought to; default: %(default)s"
+    data.add_argument("--size", type=positive, default=256, metavar="PIXELS", help=size)
+    crop = "network input; default: %(default)s"
+    data.add_argument("--crop", type=positive, default=227, metavar="PIXELS", help=crop)
     data.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     data.set_defaults(run=_bench_data)
 
@@ -174,9 +177,11 @@ def _bench_measured(options: argparse.Namespace) -> None:
 
 def _bench_data(options: argparse.Namespace) -> None:
     from alexnet_triton.bench.data import run
+    from alexnet_triton.recipe.train.memory import keep_freed_memory
 
+    keep_freed_memory()  # as training does
     o = options
-    run(o.out, o.images, o.batch, o.workers, o.rounds, o.size, o.device)
+    run(o.out, o.images, o.batch, o.workers, o.rounds, o.size, o.crop, o.device)
 
 
 def _bench_predict(options: argparse.Namespace) -> int:
