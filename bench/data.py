@@ -34,6 +34,9 @@ METHOD = (
     "there already."
 )
 
+SECONDS = 40.0
+"""After which no round begins, once three have been counted: a machine that does other things too takes its time."""
+
 AIM = 5
 """What packed images, augmented, are to be over ImageFolder with the same augmentation."""
 
@@ -62,7 +65,8 @@ def rows_of(stages: Sequence[Stage], material: Material, rounds: int) -> list[di
     if not works:
         return rows
     with _threads(1 if stages[0].where == WORKER else torch.get_num_threads()):
-        samples = in_turn(works, rounds, material.device if stages[0].where == DEVICE else "cpu")
+        device = material.device if stages[0].where == DEVICE else "cpu"
+        samples = in_turn(works, rounds, device, seconds=SECONDS)
     for row in rows:
         if row["stage"] in samples:
             row["times"] = {OURS: summary(samples[row["stage"]])}
@@ -153,7 +157,7 @@ def run(
         images: generated, into a folder that is removed at the end.
         batch: images of a batch.
         workers: of whole paths; None: `default_workers`.
-        rounds: samples of each time.
+        rounds: samples of each time; fewer, at least three, where they would take more than `SECONDS`.
         size: side that the images are brought to, in pixels.
         crop: side of the network's input, in pixels.
         device: where batches go; None: this machine's GPU, or its CPU where it has none.

@@ -124,7 +124,7 @@ def test_copies_are_timed_where_there_is_a_device(material, monkeypatch):
     batches = list(stage("copy to the device").begin(meta)())
     assert [batch.device.type for batch in batches] == ["meta"] * 3
     monkeypatch.setattr(
-        data, "in_turn", lambda works, rounds, device: {name: [float(str(device) == "cpu")] for name in works}
+        data, "in_turn", lambda works, rounds, device, **_: {name: [float(str(device) == "cpu")] for name in works}
     )
     assert row_of(stage("augment"), material)["times"]["alexnet_triton"]["median"] == 1
 
