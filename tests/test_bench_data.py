@@ -176,7 +176,7 @@ def test_whole_paths_are_timed_in_turn_and_again_with_other_draws(material):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [b"", bytes(range(48))])
+@pytest.mark.parametrize("block", [b"", bytes(range(48))], ids=["zeros", "a pattern"])
 def test_a_dataset_whose_content_does_not_matter_is_whole(block, tmp_path):
     held = memory.packed_set(tmp_path / "a", 5, 4, block)
     images = held.read(torch.arange(5))  # which holds them to their checksums
