@@ -102,18 +102,23 @@ def _image_folder(workers: int, count: int, material: Material) -> Callable[[], 
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=material.device.type == "cuda",
-        worker_init_fn=torch.manual_seed,  # by its number, so that what it draws first is known
+        worker_init_fn=_seed,
     )
 
     def epoch() -> Iterator[Tensor]:
         iterator = iter(loader)  # which draws too
         if workers == 0:
-            torch.manual_seed(0)
+            _seed(0)
         for images, _ in iterator:
             yield images.to(material.device, non_blocking=True)
         _wait(material.device)
 
     return epoch
+
+
+def _seed(worker: int) -> None:
+    """Seed a worker by its number, so that what it draws first is known."""
+    torch.manual_seed(worker)
 
 
 def _torchvisions(workers: int, count: int, material: Material) -> Draws:

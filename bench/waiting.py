@@ -54,7 +54,7 @@ def training(variant: str, workers: int, scale: Scale, device: torch.device) -> 
     with tempfile.TemporaryDirectory(prefix="alexnet-triton-") as folder:
         block = torch.randint(256, (3 * size**2,), dtype=torch.uint8).numpy().tobytes()
         data = packed_set(Path(folder) / "packed", batch * (2 if small else STEPS), size, block)
-        names = tuple(f"{number:04}" for number in range(model.classifier[6].out_features))
+        names = tuple(f"{number:04}" for number in range(len(model.state_dict()["classifier.6.bias"])))
         trained = Trained(model, names, data.statistics(), size, crop)
         held_out = data.subset(torch.arange(1))
         run = Training(
