@@ -145,7 +145,7 @@ def _meet_network(variant: str, dtype: torch.dtype, run: Run) -> None:
 
 
 def _meet_recipe(run: Run) -> None:
-    """What the README's training step launches: half precision by autocast, gradients in single."""
+    """What the training step of docs/graphs.md launches: half precision by autocast, gradients in single."""
     with use_backend("triton"):
         batches = graph_checks.batches_of(run.scale.batches[0], run.scale.image_size or 227)
         graph_checks.train_eagerly(run.device, batches, graph_checks.RATES[:1])
@@ -200,7 +200,7 @@ def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
         yield f"inference of {variant}", partial(graph_checks.check_inference_graph, variant, run.scale, run.device)
         yield f"training step of {variant}", partial(graph_checks.check_training_graph, variant, run.scale, run.device)
     yield "update rule", partial(update_checks.check_update_graph, run.scale, run.device)
-    yield "the README's training step", partial(graph_checks.check_recipe, run.scale, run.device)
+    yield "the training step of docs/graphs.md", partial(graph_checks.check_recipe, run.scale, run.device)
 
 
 def _loading(run: Run) -> Iterator[tuple[str, Check]]:

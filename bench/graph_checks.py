@@ -1,4 +1,4 @@
-"""Checks of CUDA graphs: inference, a training step, and the one that the README shows.
+"""Checks of CUDA graphs: inference, a training step, and the one that docs/graphs.md shows.
 
 Each holds what a graph replays against eager calls, bit for bit. On a CPU, which has no graphs, eager calls stand in.
 """
@@ -146,7 +146,7 @@ def check_training_graph(variant: str, scale: Scale, device: torch.device) -> li
     return measures
 
 
-# --- the README's training step -------------------------------------------------------------------------------
+# --- the page's training step -------------------------------------------------------------------------------
 
 RATES = (0.01, 0.01, 0.01, 0.02, 0.005, 0.01)
 """Learning rates of the steps that it is tried for: some before the capture, some after."""
@@ -155,20 +155,20 @@ Batches = Callable[[], "tuple[Tensor, Tensor]"]
 
 
 def recipe(device: torch.device, batch: int, side: int) -> str:
-    """The README's code of a captured training step, for images of this number and size.
+    """The code of a captured training step in docs/graphs.md, for images of this number and size.
 
     Raises:
-        Absent: there is no README beside the source.
+        Absent: there is no such page beside the source.
     """
-    path = Path(__file__).parents[1] / "README.md"
+    path = Path(__file__).parents[1] / "docs" / "graphs.md"
     if not path.exists():
-        raise Absent("README.md, which lies beside the source")
-    blocks = path.read_text(encoding="utf-8").split("\n## CUDA graphs\n")[1].split("```python\n")
+        raise Absent("docs/graphs.md, which lies beside the source")
+    blocks = path.read_text(encoding="utf-8").split("```python\n")
     code = next(block for block in blocks[1:] if "torch.cuda.graph(" in block).split("```")[0]
     sizes = {"128, 3, 227, 227": f"{batch}, 3, {side}, {side}", "torch.empty(128,": f"torch.empty({batch},"}
     for old, new in {**sizes, '"cuda"': repr(str(device))}.items():
         if old not in code:
-            raise ValueError(f"the README's training step no longer has {old}")
+            raise ValueError(f"the page's training step no longer has {old}")
         code = code.replace(old, new)
     return code
 
@@ -180,7 +180,7 @@ def batches_of(batch: int, side: int) -> Batches:
 
 
 def train_by(code: str, draw: Batches) -> dict[str, Any]:
-    """Run the README's training step, while its rate takes the values of `RATES`; gives its names."""
+    """Run the page's training step, while its rate takes the values of `RATES`; gives its names."""
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for rate in RATES:
@@ -212,7 +212,7 @@ def train_eagerly(device: torch.device, draw: Batches, rates: tuple[float, ...] 
 
 
 def check_recipe(scale: Scale, device: torch.device) -> list[Measure]:
-    """The README's training step, as it stands there, leaves the parameters that eager steps leave, bit for bit."""
+    """The training step of docs/graphs.md, as it stands there, leaves the parameters that eager steps leave, bit for bit."""
     if device.type != "cuda":
         raise Absent("a GPU, which alone has graphs")
     sizes = scale.batches[0], scale.image_size or 227

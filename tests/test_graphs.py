@@ -392,12 +392,12 @@ def test_it_is_gone_with_its_last_reference(cuda, model):
         gc.enable()
 
 
-# --- the README's training step -------------------------------------------------------------------------------
+# --- the page's training step -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def by_the_readme(monkeypatch):
-    """Trains with the README's block, on a CPU with a stand-in for the graph; gives what it leaves."""
+    """Trains with the block of docs/graphs.md, on a CPU with a stand-in for the graph; gives what it leaves."""
 
     def run(device="cpu", change=None):
         code = graph_checks.recipe(torch.device(device), *SIZES)
