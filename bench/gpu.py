@@ -206,9 +206,9 @@ def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
 def _loading(run: Run) -> Iterator[tuple[str, Check]]:
     """With as many threads that read as help, and with as many as `train` has unless it is told."""
     threads = waiting.readers()
-    name = f"training of paper waits for packed images, {threads} threads read"
+    name = f"training of paper waits for packed images, threads that read: {threads}"
     yield name, partial(waiting.check_waiting, "paper", threads, run.scale, run.device)
-    yield "the same, 2 threads read", partial(waiting.training, "paper", 2, run.scale, run.device)
+    yield "the same, of train's own 2 threads", partial(waiting.training, "paper", 2, run.scale, run.device)
 
 
 def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:
