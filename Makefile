@@ -24,7 +24,7 @@ test: .venv/installed-test
 check: .venv/installed-dev
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	rm -rf build/check
+	rm -rf build/check build/lib
 	$(PIP) --no-deps --target build/check .
 	cd build/check && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p alexnet_triton
 

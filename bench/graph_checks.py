@@ -212,7 +212,7 @@ def train_eagerly(device: torch.device, draw: Batches, rates: tuple[float, ...] 
 
 
 def check_recipe(scale: Scale, device: torch.device) -> list[Measure]:
-    """The training step of docs/graphs.md, as it stands there, leaves the parameters that eager steps leave, bit for bit."""
+    """The training step of docs/graphs.md, as it stands there, leaves what eager steps leave, bit for bit."""
     if device.type != "cuda":
         raise Absent("a GPU, which alone has graphs")
     sizes = scale.batches[0], scale.image_size or 227
