@@ -98,8 +98,8 @@ def _answer(pool: Workers, chunk: Chunk, task: Task) -> Made | None:
     except WorkerDied:
         raise RuntimeError(
             f"a process died twice of the files {chunk.files[0]!r} to {chunk.files[-1]!r} of {str(chunk.folder)!r}: "
-            "one of them, or too little memory, ends it (decode them one by one to find it, or take fewer --workers), or "
-            "the script that calls prepare() lacks its `if __name__ == '__main__':`"
+            "one of them, or too little memory, ends it (decode them one by one to find it, or take fewer --workers), "
+            "or the script that calls prepare() lacks its `if __name__ == '__main__':`"
         ) from None
     return made
 
