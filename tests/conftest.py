@@ -18,7 +18,8 @@ import pytest
 import torch
 import torchvision
 
-from alexnet_triton import AlexNet
+from alexnet_triton import AlexNet, use_backend
+from alexnet_triton.kernels import launch
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
@@ -68,3 +69,22 @@ def fashion():
     if read(False) is None:
         pytest.skip(fashion_reader.NOT_INSTALLED)
     return read
+
+
+@pytest.fixture(params=["triton", "reference"])
+def backend(request):
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Every launch that is made."""
+    made, real = [], launch.launch
+
+    def noted(kernel, programs, **arguments):
+        made.append((kernel.__name__, programs, arguments))
+        real(kernel, programs, **arguments)
+
+    monkeypatch.setattr(launch, "launch", noted)
+    return made
