@@ -1,12 +1,19 @@
 """A run of training that takes a second: AlexNet's layers with few filters, and patterns to tell apart.
 
-As a program it trains in a process of its own, to be killed or started by torchrun.
+As a program it trains in processes of its own: started by torchrun; or killed; or several that train together. Those
+are forked once all is imported, which takes longer than the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,6 +30,7 @@ from alexnet_triton.recipe.trained import Trained
 
 CLASSES = tuple("abcd")
 SIZE, CROP = 75, 67
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def patterns(count=22, seed=0):
@@ -53,10 +61,10 @@ def network(dropout=0.5, seed=0):
     return model
 
 
-def training(folder, model=None, here=None, learn=None, workers=2, keep=3, **settings):
+def training(folder, model=None, here=None, learn=None, workers=2, keep=3, images=22, **settings):
     """A run, not begun."""
     told = Settings(**{"epochs": 3, "batch_size": 8, "lr": 0.02, "crop": CROP, **settings})
-    learn = learn or patterns()
+    learn = learn or patterns(images)
     folder.mkdir(parents=True, exist_ok=True)
     trained = Trained(model or network(), CLASSES, learn.statistics(), SIZE, CROP)
     here = here or World(torch.device("cpu"))
@@ -82,6 +90,30 @@ def state(folder):
     return content
 
 
+def steps_of(path):
+    """Steps before a checkpoint."""
+    return checkpoint.steps(checkpoint.read(path))
+
+
+def program(words, seconds=120, **environment):
+    """Run Python on these words, and end the process and all that it has started where it hangs; what it said."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, **environment},
+        start_new_session=True,
+    )
+    try:
+        err = process.communicate(timeout=seconds)[1]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    return err
+
+
 def equal(a, b):
     """Whether two such states are the same, to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -93,20 +125,97 @@ def equal(a, b):
     return a == b
 
 
-def main():
-    """Train as the words say: FOLDER, JSON of settings."""
-    folder, told = Path(sys.argv[1]), json.loads(sys.argv[2])
+def run(folder, told):
+    """Train as the settings say, from the newest checkpoint where there is one."""
+    told = dict(told)
     torch.set_num_threads(1)
     dropout = told.pop("dropout", 0.5)
     with world("cpu") as here:
         model = network(dropout)
         torch.manual_seed(100 + here.rank)
         run = training(folder, model, here, **told)
+        if here.leads:
+            run.checkpoints.clear_temporary()
         newest = run.checkpoints.newest()
         if newest is not None:
             run.resume(checkpoint.read(newest), newest.name)
         run.run()
 
 
+def run_and_kill(folder, told, kills=6):
+    """The same run, killed at moments that are drawn, and then let come to its end."""
+    moments = torch.Generator().manual_seed(3)
+    for number in range(kills):
+        begun, start = names(folder), time.monotonic()
+        child = fork(folder, told)
+        while number % 3 and names(folder) == begun and time.monotonic() < start + 30:  # else as it begins
+            time.sleep(0.001)
+        took = time.monotonic() - start if number % 3 else 0.2
+        time.sleep(took * torch.rand(1, generator=moments).item())
+        os.kill(child, signal.SIGKILL)
+        if os.waitpid(child, 0)[1] != signal.SIGKILL:
+            raise SystemExit(f"the run came to its end before kill {number + 1}")
+    wait([fork(folder, told)])
+
+
+def run_and_stop(folder, told, processes):
+    """The same run by several processes, one of which is asked to stop; and then let come to its end."""
+    children = together(folder, told, processes)
+    deadline = time.monotonic() + 30
+    while not (folder / "best.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(children[-1], signal.SIGTERM)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    (folder / "stopped.json").write_text(json.dumps({"codes": codes, "newest": max(names(folder))}))
+    wait(together(folder, told, processes))
+
+
+def run_together(folder, told, processes):
+    """The same run by several processes."""
+    wait(together(folder, told, processes))
+
+
+def together(folder, told, processes):
+    """Start processes as torchrun does; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    children = []
+    for rank in range(processes):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(fork(folder, told))
+    return children
+
+
+def fork(folder, told):
+    """Start the run in another process; its id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        run(folder, told)
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        os._exit(code)
+
+
+def wait(children):
+    """Wait for processes, which must end well."""
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    if any(codes):
+        raise SystemExit(f"exit codes {codes}")
+
+
+def names(folder):
+    """Of the checkpoints in a folder, which a process may be writing."""
+    with contextlib.suppress(FileNotFoundError):
+        return {path.name for path in folder.glob("checkpoint-*.pt")}
+    return set()
+
+
 if __name__ == "__main__":
-    main()
+    globals()[sys.argv[1]](Path(sys.argv[2]), *map(json.loads, sys.argv[3:]))

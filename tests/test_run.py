@@ -1,6 +1,7 @@
 """The command `train`: its images, its network, its folder, and what it refuses in one sentence."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ from torch import nn
 
 from alexnet_triton import AlexNet
 from alexnet_triton.cli import main
+from alexnet_triton.recipe.data.prepare import prepare
 from alexnet_triton.recipe.data.sets import DataError
 from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train import run as training
 from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.run import Options, crop_of, freeze, images, network
-from alexnet_triton.recipe.train.settings import Settings
+from alexnet_triton.recipe.train.settings import COLUMNS, History, Settings
+from alexnet_triton.recipe.train.world import World
 from alexnet_triton.recipe.trained import Trained
 
 
@@ -70,6 +73,14 @@ def test_a_class_that_is_held_out_and_not_learned_is_named(tmp_path, photographs
         images(Options(photographs, val=tmp_path / "val", size=16))
 
 
+def test_images_of_two_sizes_are_refused(tmp_path, photographs):
+    packed = tmp_path / "packed"
+    prepare(write(tmp_path / "files", ("blue", "green", "red"), 2), packed, 72, workers=0)
+    assert images(Options(packed, val=photographs, size=72))[1].size == 72
+    with pytest.raises(DataError, match="'photographs' has images of 256x256 pixels and 'packed' of 72x72"):
+        images(Options(packed, val=photographs))
+
+
 # --- network ----------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +102,16 @@ def test_the_input_is_cropped_to_the_variants_own_size_or_the_same_share_of_it(p
     assert network(Options(photographs, variant="torchvision", size=72), learn).crop == 63
     with pytest.raises(ValueError, match="at least 67x67 pixels, got 66x66"):
         network(Options(photographs, crop=66), learn)
+    with pytest.raises(ValueError, match="a crop of 1000000 pixels a side cannot be cut from images of 72"):
+        network(Options(photographs, crop=1_000_000), learn)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.1, float("nan")])
+def test_a_dropout_that_is_no_probability_is_refused(dropout, photographs):
+    learn = images(Options(photographs, size=72))[0]
+    for init_from in (None, "nowhere.pt"):
+        with pytest.raises(ValueError, match=f"dropout must be a probability, from 0 to 1, got {dropout}"):
+            network(Options(photographs, dropout=dropout, init_from=init_from), learn)
 
 
 def test_a_network_that_goes_on_from_a_checkpoint_has_a_new_last_layer_and_its_own_colours(photographs, tmp_path):
@@ -142,10 +163,11 @@ def test_train_writes_a_run_and_resume_goes_on_with_it(photographs, tmp_path, mo
     assert {"last.pt", "best.pt", "log.csv", "checkpoint-000000004.pt"} <= set(os.listdir(out))
     before = snapshot(out)
     assert main(words(photographs, out)) == 2
-    assert "holds a run already: --resume goes on with it" in capsys.readouterr().err
+    assert "holds a run already: --resume without FILE goes on with it" in capsys.readouterr().err
     assert snapshot(out) == before
     assert main(words(photographs, out, "--resume", "--lr", "0.1")) == 2
-    assert "told otherwise (lr was 0.005 and is 0.1)" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "checkpoint-000000004.pt' is of a run that was told otherwise (lr was 0.005 and is 0.1)" in err
     assert snapshot(out) == before
     assert main([*words(photographs, out, "--resume"), "--epochs", "2"]) == 0
     assert "going on after 1 epochs" in capsys.readouterr().out
@@ -155,6 +177,55 @@ def test_train_writes_a_run_and_resume_goes_on_with_it(photographs, tmp_path, mo
     assert "holds later checkpoints than" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_in_another_folder_and_in_none_that_holds_one(photographs, tmp_path, monkeypatch, capsys):
+    small_network(monkeypatch)
+    assert main(words(photographs, tmp_path / "first")) == 0
+    last = str(tmp_path / "first" / "last.pt")
+    assert main([*words(photographs, tmp_path / "second", "--resume", last), "--lr", "0.005"]) == 0
+    assert {"last.pt", "checkpoint-000000004.pt", "log.csv"} <= set(os.listdir(tmp_path / "second"))
+    assert main(words(photographs, tmp_path / "third")) == 0
+    before = snapshot(tmp_path / "third")
+    assert main([*words(photographs, tmp_path / "third", "--resume", last), "--epochs", "2"]) == 2
+    assert "third' holds a run already: --resume without FILE goes on with it" in capsys.readouterr().err
+    assert snapshot(tmp_path / "third") == before
+
+
+def test_a_best_network_that_is_in_another_folder_is_not_pointed_at(tmp_path, capsys):
+    history = History(epochs=[dict.fromkeys(COLUMNS, 1.0)])
+    training._conclude(history, tmp_path)
+    assert "best.pt" not in capsys.readouterr().out
+    (tmp_path / "best.pt").touch()
+    training._conclude(history, tmp_path)
+    assert "best.pt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", ["", "train", "val"])
+def test_a_run_is_not_written_among_the_images(inside, tmp_path, monkeypatch, capsys):
+    small_network(monkeypatch)
+    for part in ("train", "val"):
+        write(tmp_path / part, ("a", "b"), 2)
+    data = tmp_path / (inside or "train")
+    more = ["--val", str(tmp_path / "val")] if inside == "train" else []
+    assert main(words(data, data / "run", *more)) == 2
+    assert f"lies among the images of '{data}', where it would pass for a class" in capsys.readouterr().err
+    assert not (data / "run").exists()
+    assert main(words(tmp_path, tmp_path / "val" / "run")) == 2
+    assert main(words(tmp_path, tmp_path / "run")) == 0
+
+
+def test_processes_that_see_different_checkpoints_do_not_go_on(tmp_path):
+    @dataclass(frozen=True)
+    class Two(World):
+        def gather(self, value):
+            return [value, 7]
+
+    with (
+        pytest.raises(CheckpointError, match="see different checkpoints to go on from"),
+        training._folder(Options(tmp_path, output_dir=tmp_path), Two(torch.device("cpu"))),
+    ):
+        pass
+
+
 def test_resume_without_a_checkpoint_starts(photographs, tmp_path, monkeypatch):
     small_network(monkeypatch)
     assert main(words(photographs, tmp_path / "new", "--resume")) == 0
@@ -162,8 +233,6 @@ def test_resume_without_a_checkpoint_starts(photographs, tmp_path, monkeypatch):
 
 def test_two_runs_do_not_write_into_one_folder(photographs, tmp_path, monkeypatch):
     small_network(monkeypatch)
-    from alexnet_triton.recipe.train.world import World
-
     here = World(torch.device("cpu"))
     options = Options(photographs, output_dir=tmp_path)
     with (
@@ -172,10 +241,6 @@ def test_two_runs_do_not_write_into_one_folder(photographs, tmp_path, monkeypatc
         training._folder(options, here),
     ):
         pass
-
-
-def flag_of(path):
-    return ["--resume", str(path)]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +255,8 @@ def flag_of(path):
         (["--val", "nowhere"], "there is no packed dataset and no folder of class folders at 'nowhere'"),
         (["--freeze", "features", "classifier"], "no parameter is left to train"),
         (["--freeze", "head"], "--freeze head: the network has no parameters of that name"),
-        (["--device", "gpu"], "gpu"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--seed", str(2**64)], "seed must be a number of 64 bits"),
         (["--test-only"], "--test-only judges the network of a checkpoint"),
         (["--lr", "1e30"], "at step 2: use a learning rate below 1e+30"),
     ],
@@ -242,8 +308,14 @@ def test_test_only_judges_a_checkpoint(photographs, tmp_path, capsys):
     torch.manual_seed(0)
     trained = Trained(AlexNet(3, variant="torchvision"), learn.classes, learn.statistics(), 72, 67)
     checkpoint.write(tmp_path / "c.pt", trained.content())
-    assert main(["train", str(photographs), "--size", "72", "--test-only", "--resume", str(tmp_path / "c.pt")]) == 0
-    assert "of 3 held-out images right, top-5 100.00%" in capsys.readouterr().out
+    told = ["train", str(photographs), "--test-only", "--resume", str(tmp_path / "c.pt")]
+    assert main(told) == 0
+    said = capsys.readouterr().out
+    assert "of 3 held-out images right, top-5 100.00%" in said
+    assert main([*told, "--size", "72"]) == 0  # as it was trained
+    assert capsys.readouterr().out == said
+    assert main([*told, "--size", "80"]) == 2
+    assert "the network was trained on images of 72x72" in capsys.readouterr().err
 
 
 def test_settings_are_the_documents_table(photographs):

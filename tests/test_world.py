@@ -10,36 +10,11 @@ import time
 import pytest
 import small_run
 import torch
-from small_run import state, training
+from small_run import LOOPBACK, program, state, training
 
 from alexnet_triton.recipe.train.world import World, world
 
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-
-
-def start(folder, processes, **told):
-    """Start a run under torchrun."""
-    words = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    words += [small_run.__file__, str(folder), json.dumps(told)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-
-
-def finish(process, seconds=120):
-    """Wait for a run, and end its whole group where it hangs."""
-    try:
-        _, err = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return err
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 
 
 def test_shares_hold_each_image_once():
@@ -58,37 +33,89 @@ def test_one_process_alone_needs_no_group(monkeypatch):
         assert here.gather("a") == ["a"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="process groups of POSIX")
-def test_two_processes_are_one_with_the_double_batch_and_go_on_after_a_signal(tmp_path):
-    """22 images in batches of 2 x 4, the last of 6; without dropout, whose masks differ on purpose."""
-    told = {"dropout": 0.0, "epochs": 12, "batch_size": 4, "bias_lr": 2.0, "lr": 0.005}
-    process = start(tmp_path / "two", 2, **told)
-    try:
-        last, deadline = tmp_path / "two" / "best.pt", time.monotonic() + 90
-        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read()
-        process.send_signal(signal.SIGTERM)
-        finish(process)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    stopped = state(tmp_path / "two")["training"]
-    assert 0 < len(stopped["history"]["epochs"]) < 12
-    process = start(tmp_path / "two", 2, **told)
-    err = finish(process)
-    assert process.returncode == 0, err
-    two = state(tmp_path / "two")
+@pytest.mark.parametrize(
+    "device",
+    [
+        "gpu",
+        "meta",
+        pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_named_in_one_sentence(device, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RuntimeError, match=f"device '{device}' cannot be used here .*: take another") as caught:
+        world(device).__enter__()
+    assert "\n" not in str(caught.value)
 
-    del told["dropout"]
-    one = training(tmp_path / "one", small_run.network(dropout=0.0), **{**told, "batch_size": 8})
-    one.run()
-    one = state(tmp_path / "one")
+
+def test_processes_of_another_launcher_and_more_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2 and RANK is not set: start with torchrun"):
+        world("cpu").__enter__()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RuntimeError, match="process 1 of this machine finds 1 GPUs: start as many"):
+        world("cuda").__enter__()
+
+
+def assert_equal(one, two):
+    """Two runs but for rounding, as where other processes add up the gradients."""
+    one, two = state(one), state(two)
     for (name, a), b in zip(one["model"].items(), two["model"].values(), strict=True):
         assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7, name
     for name in ("loss", "top1", "held_out_loss", "held_out_top1", "held_out_top5"):
         a, b = ([row[name] for row in run["training"]["history"]["epochs"]] for run in (one, two))
         assert a == pytest.approx(b, rel=1e-4), name
-    masks = [generator["cpu"] for generator in two["training"]["random"]]
+
+
+@needs_fork
+def test_two_processes_are_one_with_the_double_batch_and_stop_and_go_on_together(tmp_path):
+    """22 images in batches of 2 x 4, the last of 6; without dropout, whose masks differ on purpose."""
+    told = {"dropout": 0.0, "epochs": 12, "batch_size": 4, "bias_lr": 2.0, "lr": 0.005, "clip_grad_norm": 5.0}
+    program([small_run.__file__, "run_and_stop", tmp_path / "two", json.dumps(told), "2"])
+    stopped = json.loads((tmp_path / "two" / "stopped.json").read_text())
+    assert stopped["codes"] == [130, 130]  # though one alone was asked
+    assert "checkpoint-000000003.pt" <= stopped["newest"] < "checkpoint-000000036.pt"
+    del told["dropout"]
+    training(tmp_path / "one", small_run.network(dropout=0.0), **{**told, "batch_size": 8}).run()
+    assert_equal(tmp_path / "one", tmp_path / "two")
+    masks = [generator["cpu"] for generator in state(tmp_path / "two")["training"]["random"]]
     assert len(masks) == 2
     assert not torch.equal(*masks)  # each process drops units of its own
+
+
+@needs_fork
+def test_processes_that_have_no_image_of_a_batch_wait_for_those_that_have(tmp_path):
+    """Three processes: 4 images to learn from and 10 held out, so one of each is left for the last batch."""
+    told = {"dropout": 0.0, "epochs": 2, "batch_size": 1, "images": 4}
+    program([small_run.__file__, "run_together", tmp_path / "three", json.dumps(told), "3"])
+    del told["dropout"]
+    training(tmp_path / "one", small_run.network(dropout=0.0), **{**told, "batch_size": 3}).run()
+    assert_equal(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups of POSIX")
+def test_torchrun_passes_a_signal_on_and_the_run_is_kept(tmp_path):
+    words = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", small_run.__file__, "run", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words), '{"epochs": 1000, "batch_size": 4}'],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "best.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    stopped = state(tmp_path)["training"]
+    assert stopped["history"]["epochs"]
+    assert stopped["step"] > 0  # in the middle of an epoch, and not what was written at the end of one
+    assert len(stopped["random"]) == 2

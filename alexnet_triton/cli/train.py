@@ -48,8 +48,8 @@ def _add_images(train: argparse.ArgumentParser) -> None:
     val = "images to judge by; default: `val` in DATA where it holds `train` and `val`, else some held out by the seed"
     group.add_argument("--val", type=Path, metavar="DATA", help=val)
     group.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help=f"how many; {DEFAULT}")
-    size = f"side that a folder's images are brought to; {DEFAULT}"
-    group.add_argument("--size", type=positive, default=256, metavar="PIXELS", help=size)
+    size = "side that a folder's images are brought to; default: 256, or that of the checkpoint that is judged"
+    group.add_argument("--size", type=positive, metavar="PIXELS", help=size)
     group.add_argument("--crop", type=positive, metavar="PIXELS", help="network input; default: the variant's own")
     group.add_argument("--no-mirror", dest="mirror", action="store_false", help="mirror no images, as of digits")
     colour = f"spread of the multiples of PCA colour; {DEFAULT}"

@@ -80,7 +80,7 @@ def gather(paths: Sequence[str | os.PathLike[str]], size: int, skip_bad: bool = 
                 raise DataError(
                     f"{str(path)!r} is a packed dataset, which is taken alone: give it without other images"
                 )
-            return _of_size(open_packed(path), size)
+            return of_size(open_packed(path), size)
         if path.is_dir():
             inside = _images_inside(path)
             if not inside:
@@ -111,7 +111,7 @@ def labelled(path: str | os.PathLike[str], networks: Sequence[Trained]) -> Image
     if len(sizes) > 1:
         raise ValueError(f"the networks take images of {' and '.join(map(str, sizes))} pixels: judge them one by one")
     inside = train_and_val(path)
-    data = _of_size(open_images(inside[1] if inside else path, sizes[0]), sizes[0])
+    data = of_size(open_images(inside[1] if inside else path, sizes[0]), sizes[0])
     for network in networks:
         data = network.labels(data)
         network.classes, network.named = data.classes, True
@@ -123,7 +123,12 @@ def unreadable(data: ImageSet) -> dict[int, BadImage]:
     return data.bad if isinstance(data, ImageFiles) else {}
 
 
-def _of_size(data: ImageSet, size: int) -> ImageSet:
+def of_size(data: ImageSet, size: int) -> ImageSet:
+    """The same images, which must be of the size that a network was trained on.
+
+    Raises:
+        DataError: they are not.
+    """
     if data.size != size:
         raise DataError(
             f"{data.name!r} is packed in {data.size}x{data.size} pixels, and the network was trained on images of "

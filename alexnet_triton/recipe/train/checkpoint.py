@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 LAST, BEST = "last.pt", "best.pt"
+STATE = {"settings", "run", "history", "step", "right", "rule", "random"}
+"""What a checkpoint has under `training`, beside the network."""
+
 _NUMBERED = re.compile(r"checkpoint-(\d+)\.pt")
 
 
@@ -106,8 +109,11 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{str(path)!r} is no checkpoint, or is damaged ({reason}): take an older one") from error
-    if not isinstance(content, dict) or "training" not in content:
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint, or is damaged ({reason}): remove it, and take an older one"
+        ) from error
+    training = content.get("training") if isinstance(content, dict) else None
+    if not isinstance(training, dict) or not training.keys() >= STATE:
         raise CheckpointError(
             f"{str(path)!r} holds a network but no state of its training: --init-from starts from it, and "
             "--resume takes a checkpoint of a run"

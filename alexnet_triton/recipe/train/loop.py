@@ -25,7 +25,7 @@ from tqdm import tqdm
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, Draws
 from alexnet_triton.recipe.data.loader import Loader
-from alexnet_triton.recipe.data.sets import ImageSet
+from alexnet_triton.recipe.data.sets import ImageSet, Statistics
 from alexnet_triton.recipe.evaluate.evaluation import Score
 from alexnet_triton.recipe.train.checkpoint import LAST, CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.record import Record
@@ -108,6 +108,8 @@ class Training:
         self._record: Record | None = None
         self._signals = StopSignals(insist=world.size == 1)
         self._mark = 0.0
+        self._epoch_began = (0.0, 0.0)
+        """The time when the epoch began, or went on, and the seconds waited for images before."""
         self._warned = False
 
     @property
@@ -130,8 +132,10 @@ class Training:
             self._record = Record(self.checkpoints.folder, len(self.history.step_loss))
         try:
             with self._signals:
-                if not self.history.step_loss:
-                    self.save()  # so that there is a network to point at, whatever happens
+                # A network to point at, whatever happens; and one that was killed may not have come to all its files.
+                self.save(self._is_best())
+                if self._record is not None and self.history.epochs:
+                    self._record.table(self.history)
                 while len(self.history.epochs) < self.settings.epochs:
                     self._epoch()
         finally:
@@ -140,30 +144,33 @@ class Training:
         return self.history
 
     def _epoch(self) -> None:
-        start, done, waited = time.perf_counter(), self.step * self.batch, self.loader.waited
+        done = self.step * self.batch
+        self._epoch_began = time.perf_counter(), self.loader.waited
         self._learn()
-        seconds = time.perf_counter() - start
+        seconds, waiting = self._waiting()
         losses = self.history.step_loss[-self.step :]
+        counts = [len(batch) for batch in torch.arange(len(self.learn)).split(self.batch)]
         held_out_loss, top1, top5 = self.judge()
+        if not math.isfinite(held_out_loss):
+            raise self._diverged(f"the held-out loss is {held_out_loss}")
         row = {
             "epoch": len(self.history.epochs) + 1,
             "step": len(self.history.step_loss),
             "lr": self.rule.lr,
-            "loss": sum(losses) / len(losses),
+            "loss": sum(loss * count for loss, count in zip(losses, counts, strict=True)) / len(self.learn),
             "top1": self._right / len(self.learn),
             "held_out_loss": held_out_loss,
             "held_out_top1": top1,
             "held_out_top5": top5,
             "images_per_second": max(0, len(self.learn) - done) / seconds,
-            "waiting": (self.loader.waited - waited) / seconds,
+            "waiting": waiting,
             "seconds": self._seconds(),
         }
-        best = held_out_loss < min(self.history.column("held_out_loss"), default=math.inf)
         self.history.epochs.append(row)
         self.step = self._right = 0
         self.rule.end_epoch(held_out_loss)
         self._warn_if_flat()
-        self.save(best)
+        self.save(self._is_best())
         if self._record is not None:
             self._record.epoch(self.history)
 
@@ -174,8 +181,8 @@ class Training:
         left = batches[self.step :]
         shares = [self.world.share(batch) for batch in left]
         self.network.train()
-        with self._bar(f"epoch {len(self.history.epochs) + 1}/{self.settings.epochs}", self.learn) as bar:
-            bar.update(min(self.step * self.batch, len(self.learn)))
+        done = min(self.step * self.batch, len(self.learn))
+        with self._bar(f"epoch {len(self.history.epochs) + 1}/{self.settings.epochs}", self.learn, done) as bar:
             images = self.loader.batches(order[share] for share in shares)
             for batch, share, bytes_ in zip(left, shares, images, strict=True):
                 labels = self.learn.labels[order[share]]
@@ -226,7 +233,7 @@ class Training:
         bar.set_postfix(
             loss=f"{sum(recent) / len(recent):.3f}",
             top1=f"{self._right / seen:.1%}",
-            waiting=f"{self.loader.waited / max(1e-9, time.perf_counter() - self._mark):.0%}",
+            waiting=f"{self._waiting()[1]:.0%}",
             refresh=False,
         )
         self._warn_if_flat()
@@ -288,10 +295,22 @@ class Training:
                 stacklevel=2,
             )
 
-    def _bar(self, what: str, images: ImageSet) -> Any:
-        return tqdm(total=len(images), desc=what, unit="img", disable=not self.progress, leave=images is self.learn)
+    def _waiting(self) -> tuple[float, float]:
+        """Seconds of this epoch's steps so far, and the share of them spent waiting for images."""
+        start, waited = self._epoch_began
+        seconds = max(1e-9, time.perf_counter() - start)
+        return seconds, (self.loader.waited - waited) / seconds
+
+    def _bar(self, what: str, images: ImageSet, done: int = 0) -> Any:
+        stays = images is self.learn
+        return tqdm(total=len(images), initial=done, desc=what, unit="img", disable=not self.progress, leave=stays)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def _is_best(self) -> bool:
+        """Whether this is the end of the epoch of the lowest held-out loss so far."""
+        *before, last = [math.inf, *self.history.column("held_out_loss")]
+        return self.step == 0 and last < min(before, default=math.inf)
 
     def save(self, best: bool = False) -> Path:
         """Write a checkpoint of the run as it is.
@@ -332,11 +351,9 @@ class Training:
             CheckpointError: the checkpoint is of another run: other settings, network, images or processes.
         """
         training = content["training"]
-        before, now = training["run"], self._description()
-        differing = [key for key in now if before.get(key) != now[key]]
-        changed = self.settings.changed(training["settings"])
-        if differing:
-            changed = f"{differing[0]} was {_short(before.get(differing[0]))} and is {_short(now[differing[0]])}"
+        changed = self._changed(training["run"]) or self.settings.changed(training["settings"])
+        if not changed and not _alike(content, self.trained.statistics):
+            changed = "the colours that the input is normalised by were others"
         if changed:
             raise CheckpointError(
                 f"{name} is of a run that was told otherwise ({changed}): resume it as it was started, or start "
@@ -347,6 +364,13 @@ class Training:
         self.history = History(**training["history"])
         self.step, self._right = training["step"], training["right"]
         _set_random_state(training["random"][self.world.rank], self.world.device)
+
+    def _changed(self, before: dict[str, Any]) -> str | None:
+        """What is not as in `before`, in words."""
+        for key, value in self._description().items():
+            if before.get(key) != value:
+                return f"{key} was {_short(before.get(key))} and is {_short(value)}"
+        return None
 
     def _description(self) -> dict[str, Any]:
         """What must be the same when the run goes on, beside its settings."""
@@ -388,6 +412,11 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _alike(content: dict[str, Any], colours: Statistics) -> bool:
+    """Whether a checkpoint's mean and deviation are these, but for the last bits, which a machine may round its way."""
+    return all(torch.allclose(content[name], getattr(colours, name), atol=1e-5) for name in ("mean", "std"))
 
 
 def _short(value: Any) -> str:

@@ -35,8 +35,8 @@ class Record:
             self._writer.add_scalar("loss/step", loss, number)
             self._writer.add_scalar("lr", lr, number)
 
-    def epoch(self, history: History) -> None:
-        """Note the last epoch, and write `log.csv` anew, atomically: a row an epoch."""
+    def table(self, history: History) -> None:
+        """Write `log.csv` anew, atomically: a row an epoch."""
         text = io.StringIO()
         table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -44,7 +44,11 @@ class Record:
         temporary = self.folder / ".log.csv.writing"
         temporary.write_text(text.getvalue())
         os.replace(temporary, self.folder / "log.csv")
-        if self._writer is not None and history.epochs:
+
+    def epoch(self, history: History) -> None:
+        """Note the last epoch, and write `log.csv`."""
+        self.table(history)
+        if self._writer is not None:
             row = history.epochs[-1]
             for name in COLUMNS[3:]:
                 self._writer.add_scalar(f"epoch/{name}", row[name], int(row["step"]))
@@ -65,4 +69,4 @@ def _tensorboard(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=step + 1)  # the first that is taken back

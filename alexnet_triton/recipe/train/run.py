@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
 from alexnet_triton.model import AlexNet
+from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data import sources
 from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.data.sets import DataError, ImageSet, stratified_split
 from alexnet_triton.recipe.evaluate.evaluation import Score, evaluate
+from alexnet_triton.recipe.evaluate.use import of_size
 from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import LAST, CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.loop import Training, TrainingError
@@ -23,7 +26,7 @@ from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted
 from alexnet_triton.recipe.train.world import World, world
-from alexnet_triton.recipe.trained import Trained, load_trained
+from alexnet_triton.recipe.trained import SIZE, Trained, load_trained
 from alexnet_triton.variants import VARIANTS
 
 NEWEST = "newest"
@@ -48,8 +51,9 @@ class Options:
     dropout: float = 0.5
     resume: str | None = None
     """Path of a checkpoint, or `NEWEST`."""
-    size: int = 256
-    """Side, in pixels, that images of a folder are brought to; a packed data set has its own."""
+    size: int | None = None
+    """Side, in pixels, that images of a folder are brought to; a packed dataset has its own. None: 256, or, to judge,
+    that of the checkpoint."""
     crop: int | None = None
     """None: the variant's own size; or, of smaller images, the same share of them."""
     workers: int = 2
@@ -83,10 +87,11 @@ def run(options: Options, *, progress: bool = True) -> History:
 def _run(options: Options, here: World, progress: bool) -> History:
     torch.manual_seed(options.settings.seed)
     learn, held_out = images(options)
+    _check_apart(options)
     trained = network(options, learn)
     settings = replace(options.settings, crop=trained.crop)
     freeze(trained.model, options.freeze)
-    with _folder(options, here) as (checkpoints, content):
+    with _folder(options, here) as (checkpoints, found):
         torch.manual_seed(options.settings.seed + here.rank)  # each process drops units of its own
         training = Training(
             trained,
@@ -100,10 +105,10 @@ def _run(options: Options, here: World, progress: bool) -> History:
             compiled=options.compiled,
             progress=progress,
         )
-        if content is not None:
-            training.resume(content, repr(str(options.resume)))
+        if found is not None:
+            training.resume(found.content, repr(str(found.path)))
         if here.leads:
-            _announce(training, options, content is not None)
+            _announce(training, options, found is not None)
         history = training.run()
         if here.leads:
             _conclude(history, options.output_dir)
@@ -124,7 +129,8 @@ def judge(options: Options, *, progress: bool = True) -> Score:
         raise ValueError("--test-only judges the network of a checkpoint: name it with --resume or --init-from")
     with world(options.device) as here:
         trained = load_trained(source, variant=options.variant, device=here.device)
-        held_out = trained.labels(images(options)[1])
+        held_out = images(replace(options, size=options.size or trained.size))[1]
+        held_out = trained.labels(of_size(held_out, trained.size))
         indices = here.share(torch.arange(len(held_out)))
         loader = Loader(held_out, options.workers, here.device)
         part = evaluate(
@@ -146,24 +152,34 @@ def images(options: Options) -> tuple[ImageSet, ImageSet]:
     """Images to learn from, and images held out, whose labels are indices into the same classes.
 
     Raises:
-        DataError: they cannot be used, or a class that is held out is not learned.
+        DataError: they cannot be used, are of two sizes, or a class that is held out is not learned.
     """
-    inside = sources.train_and_val(options.data)
-    learn = sources.open_images(inside[0] if inside else options.data, options.size)
+    inside, size = sources.train_and_val(options.data), options.size or SIZE
+    learn = sources.open_images(inside[0] if inside else options.data, size)
     val = options.val or (inside and inside[1])
     if len(learn.classes) < 2:
         raise DataError(f"{learn.name!r} has {len(learn.classes)} classes, and at least 2 are needed")
     if val is None:
         return stratified_split(learn, options.held_out, options.settings.seed)
-    return learn, sources.open_images(val, options.size).with_classes(learn.classes)
+    held_out = sources.open_images(val, size)
+    if held_out.size != learn.size:
+        raise DataError(
+            f"{held_out.name!r} has images of {held_out.size}x{held_out.size} pixels and {learn.name!r} of "
+            f"{learn.size}x{learn.size}: prepare both with one --size"
+        )
+    return learn, held_out.with_classes(learn.classes)
 
 
 def network(options: Options, learn: ImageSet) -> Trained:
     """The network to train, fresh or from a checkpoint with a new last layer.
 
     Raises:
-        ValueError: there is no such checkpoint, it is of another variant, or the crop does not fit.
+        ValueError: there is no such checkpoint, it is of another variant, or the crop or the dropout does not fit.
     """
+    if not 0 <= options.dropout <= 1:
+        raise ValueError(f"dropout must be a probability, from 0 to 1, got {options.dropout}")
+    if options.crop is not None:
+        centre(0, learn.size, options.crop)  # says what is wrong with a crop
     classes, colours = learn.classes, learn.statistics()
     if options.init_from is None:
         variant = options.variant or "merged"
@@ -214,8 +230,15 @@ def freeze(model: nn.Module, names: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    content: dict[str, Any]
+
+
 @contextmanager
-def _folder(options: Options, here: World) -> Iterator[tuple[Checkpoints, dict[str, object] | None]]:
+def _folder(options: Options, here: World) -> Iterator[tuple[Checkpoints, Found | None]]:
     """The run's folder, this run's alone, and the checkpoint to go on from."""
     folder = options.output_dir
     if folder.exists() and not folder.is_dir():
@@ -232,28 +255,50 @@ def _folder(options: Options, here: World) -> Iterator[tuple[Checkpoints, dict[s
         if here.leads:
             checkpoints.clear_temporary()
         path = checkpoints.newest() if options.resume == NEWEST else Path(options.resume) if options.resume else None
-        content = None if path is None else checkpoint.read(path)
-        _check_unused(checkpoints, options, content)
-        yield checkpoints, content
+        found = None if path is None else Found(path, checkpoint.read(path))
+        _check_unused(checkpoints, found)
+        _check_same(found, here)
+        yield checkpoints, found
     finally:
         lock.release()
 
 
-def _check_unused(checkpoints: Checkpoints, options: Options, content: dict[str, object] | None) -> None:
+def _check_unused(checkpoints: Checkpoints, found: Found | None) -> None:
     """Refuse a folder whose checkpoints would be lost."""
-    newest = checkpoints.newest()
+    newest, folder = checkpoints.newest(), str(checkpoints.folder)
     if newest is None:
         return
-    if content is None:
+    if found is None or found.path.parent.resolve() != checkpoints.folder.resolve():
         raise CheckpointError(
-            f"{str(options.output_dir)!r} holds a run already: --resume goes on with it, or choose another --output-dir"
+            f"{folder!r} holds a run already: --resume without FILE goes on with it, or choose another --output-dir"
         )
     step = checkpoint.step_of(newest)
-    if step > checkpoint.steps(content):
+    if step > checkpoint.steps(found.content):
         raise CheckpointError(
-            f"{str(options.output_dir)!r} holds later checkpoints than {options.resume!r}, up to step {step:,}: choose "
-            "another --output-dir"
+            f"{folder!r} holds later checkpoints than {str(found.path)!r}, up to step {step:,}: choose another "
+            "--output-dir"
         )
+
+
+def _check_same(found: Found | None, here: World) -> None:
+    """Refuse to go on where one process sees another checkpoint than the others."""
+    steps = here.gather(-1 if found is None else checkpoint.steps(found.content))
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            "the processes see different checkpoints to go on from: --output-dir and --resume must be on a disk that "
+            "all of them share"
+        )
+
+
+def _check_apart(options: Options) -> None:
+    """Refuse to write among the images of a folder, where the run would be one of the classes when it goes on."""
+    out, inside = options.output_dir.resolve(), sources.train_and_val(options.data)
+    for folder in (*(inside or (options.data,)), options.val):
+        if folder is not None and out.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--output-dir {str(options.output_dir)!r} lies among the images of {str(folder)!r}, where it would "
+                "pass for a class: choose a folder outside of it"
+            )
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
@@ -283,7 +328,10 @@ def _conclude(history: History, folder: Path) -> None:
     last = history.epochs[-1]
     print(
         f"{last['held_out_top1']:.2%} of the held-out images right (top-5 {last['held_out_top5']:.2%}) after "
-        f"{len(history.epochs)} epochs and {history.seconds:,.0f} s: {folder / LAST}\n"
-        f"lowest loss {best['held_out_loss']:.4f} in epoch {best['epoch']} ({best['held_out_top1']:.2%}): "
-        f"{folder / checkpoint.BEST}"
+        f"{len(history.epochs)} epochs and {history.seconds:,.0f} s: {folder / LAST}"
     )
+    if (folder / checkpoint.BEST).exists():  # a run that went on in another folder may have left it in the first
+        print(
+            f"lowest loss {best['held_out_loss']:.4f} in epoch {best['epoch']} ({best['held_out_top1']:.2%}): "
+            f"{folder / checkpoint.BEST}"
+        )

@@ -54,10 +54,17 @@ class Settings:
         for name in ("lr", "bias_lr", "lr_gamma"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("weight_decay", "bias_decay", "lr_patience", "pca_std"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be positive, got {self.clip_grad_norm}")
-        if not 0 <= self.pca_std < float("inf"):
-            raise ValueError(f"pca_std must be at least 0, got {self.pca_std}")
+        if self.lr_scheduler == "plateau" and self.lr_gamma >= 1:
+            raise ValueError(f"lr_gamma must be below 1, so that the rate falls on a plateau, got {self.lr_gamma}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be a number of 64 bits, got {self.seed}")
 
     def changed(self, other: dict[str, Any]) -> str | None:
         """The first setting that is not as in `other` and must be for a run to go on, in words.

@@ -56,24 +56,39 @@ def world(device: str | None = None, minutes: float = 10) -> Iterator[World]:
         minutes: after which a process that waits for another gives up.
 
     Raises:
-        RuntimeError: there are fewer GPUs than processes on this machine, or the device is unknown.
+        RuntimeError: there are fewer GPUs than processes on this machine, the device is unknown or not there, or the
+            environment is not torchrun's.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(chosen)
+        yield World(_usable(name))
         return
+    if "RANK" not in os.environ:
+        raise RuntimeError(f"WORLD_SIZE is {size} and RANK is not set: start with torchrun, or unset WORLD_SIZE")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    if chosen.type == "cuda":
+    if name.startswith("cuda"):
         if local >= torch.cuda.device_count():
             raise RuntimeError(
                 f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: start as many processes as "
                 "there are GPUs (--nproc-per-node), or use --device cpu"
             )
-        chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
+        name = f"cuda:{local}"
+        torch.cuda.set_device(name)
+    chosen = _usable(name)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     try:
         yield World(chosen, rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def _usable(name: str) -> torch.device:
+    """A device, once a number has been there and back."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built for a kind of device
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"device {name!r} cannot be used here ({reason}): take another --device, as cpu") from error
+    return device
