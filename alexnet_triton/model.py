@@ -48,7 +48,7 @@ class AlexNet(nn.Module):
         lrn: local response normalisation after the ReLUs of conv1 and conv2; None is the variant's own
             choice, True adds the paper's where the variant has none, False leaves it out.
         init: initialisation; None is the variant's own, else the name of a variant, or `"kaiming"` (He et
-            al. 2015, normal), from which small data sets train at once. The one of 2012 can stay at a loss of
+            al. 2015, normal), from which small datasets train at once. The one of 2012 can stay at a loss of
             ln(num_classes) for many epochs.
         device: where the parameters are made.
         dtype: of the parameters.
@@ -150,7 +150,7 @@ class AlexNet(nn.Module):
         Args:
             example: (N, 3, H, W), as `forward` will be given them; the values do not matter. Backend and autocast are
                 those that are active here.
-            *more: examples of other shapes or dtypes, such as a data set's last, smaller batch.
+            *more: examples of other shapes or dtypes, such as a dataset's last, smaller batch.
 
         Returns:
             A callable: images like an example -> logits (N, num_classes), a tensor of the caller's own, without

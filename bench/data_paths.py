@@ -23,7 +23,7 @@ from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.data.sets import ImageSet
 
 IMAGE_FOLDER, FOLDER_IMAGES, PACKED_IMAGES = "ImageFolder", "FolderImages", "PackedImages"
-"""torchvision's data set with `training_transform` in a DataLoader; ours with `Augment` behind a Loader, from the same
+"""torchvision's dataset with `training_transform` in a DataLoader; ours with `Augment` behind a Loader, from the same
 files and packed."""
 
 

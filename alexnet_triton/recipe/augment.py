@@ -278,7 +278,7 @@ def _by_image(images: Tensor, draws: Draws, scale: Tensor, offset: Tensor, crop:
 
 
 class PCAColor(v2.Transform):
-    """Shift an image's colours along the principal components of a data set's (Krizhevsky et al. 2012, section 4.1).
+    """Shift an image's colours along the principal components of a dataset's (Krizhevsky et al. 2012, section 4.1).
 
     To each pixel is added sum_k eigenvectors[:, k] eigenvalues[k] alpha[k], each alpha drawn from normal(0, std) with
     torch's own generator, once an image, also in a batch. Images are PIL's, `tv_tensors.Image` or tensors

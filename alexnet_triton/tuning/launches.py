@@ -29,7 +29,7 @@ parameters."""
 PLACES = (IMAGES[0], *LAYERS, UPDATE[0])
 
 IMAGE_SIZE = 256
-"""Side of the images, in pixels, that a data set of 2012's recipe holds."""
+"""Side of the images, in pixels, that a dataset of 2012's recipe holds."""
 
 
 class LayerLaunch(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; the message names the path and what to do."""
+    """A dataset that cannot be used; the message names the path and what to do."""
 
 
 class Statistics(NamedTuple):
