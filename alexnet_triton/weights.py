@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +62,8 @@ def read_file(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # which tells how to run what is in the file
+            cause = "it is another kind of file, or holds something else"
         raise ValueError(f"{str(path)!r} cannot be read as tensors and plain types: {cause}") from error
 
 

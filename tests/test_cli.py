@@ -31,6 +31,8 @@ def test_info_prints_the_table(capsys):
         (["info", "--batch", "many"], "must be a whole number, got 'many'"),
         (["autotune", "--batch", "1,,2"], "must be a whole number, got ''"),
         (["demo", "--lr", "-1"], "must be positive"),
+        (["demo", "--lr", "high"], "must be a number, got 'high'"),
+        (["autotune", "--budget", "long"], "must be a time, as in 180s or 5m, got 'long'"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "required: COMMAND"),
     ],

@@ -481,7 +481,7 @@ def of_numbers(path):
     [
         (truncated, "no checkpoint, or is damaged"),
         (emptied, "no checkpoint, or is damaged"),
-        (evil, "no checkpoint, or is damaged"),
+        (evil, r"no checkpoint, or is damaged \(it holds something else than tensors and plain types\): remove it"),
         (of_a_network_alone, "no state of its training: --init-from"),
         (of_half_a_state, "no state of its training: --init-from"),
         (of_numbers, "no state of its training: --init-from"),
@@ -504,6 +504,24 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
     checkpoint.write(tmp_path / "c.pt", content)
     with pytest.raises(Exception, match="pickle"):
         checkpoint.write(tmp_path / "c.pt", {"training": (x for x in ())})
+    assert checkpoint.read(tmp_path / "c.pt") == content
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_disk_that_is_full_is_named_and_leaves_the_old_checkpoint(tmp_path):
+    import resource
+
+    content = {"training": dict.fromkeys(checkpoint.STATE, 1)}
+    checkpoint.write(tmp_path / "c.pt", content)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"c\.pt' could not be written \(File too large\): make room") as caught:
+            checkpoint.write(tmp_path / "c.pt", {"weight": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
     assert checkpoint.read(tmp_path / "c.pt") == content
     assert os.listdir(tmp_path) == ["c.pt"]
 

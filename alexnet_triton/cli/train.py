@@ -103,7 +103,9 @@ def _add_run(train: argparse.ArgumentParser) -> None:
     looks = f"from one look at the loss to the next, on a GPU; {DEFAULT}"
     group.add_argument("--print-freq", type=positive, default=10, metavar="STEPS", help=looks)
     group.add_argument("--keep", type=positive, default=3, metavar="N", help=f"newest checkpoints to keep; {DEFAULT}")
-    group.add_argument("--compile", dest="compiled", action="store_true", help="with torch.compile")
+    group.add_argument(
+        "--compile", dest="compiled", action="store_true", help="with torch.compile, which needs a C++ compiler"
+    )
     group.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
 
 

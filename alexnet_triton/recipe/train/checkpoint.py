@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -83,7 +84,11 @@ def steps(content: dict[str, Any]) -> int:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain types atomically: `path` is the old file or the new one, never half of one."""
+    """Write tensors and plain types atomically: `path` is the old file or the new one, never half of one.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".writing")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -92,8 +97,12 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's own says "unexpected pos"
+        if isinstance(cause, OSError):
+            reason = f"{str(path)!r} could not be written ({cause.strerror}): make room; what was there before is whole"
+            raise OSError(reason) from error
         raise
 
 
@@ -109,6 +118,8 @@ def read(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # which tells how to run what is in the file
+            reason = "it holds something else than tensors and plain types"
         raise CheckpointError(
             f"{str(path)!r} is no checkpoint, or is damaged ({reason}): remove it, and take an older one"
         ) from error
