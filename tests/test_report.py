@@ -167,6 +167,29 @@ def test_confusions_of_any_number_of_classes_are_drawn(count, tmp_path):
     assert not is_blank(tmp_path / "c.png")
 
 
+@pytest.mark.parametrize("count", [1, 61])
+def test_the_accuracy_of_each_class_is_a_bar(count, tmp_path):
+    """As long as the share of the images; with one class, whose bar fills half of the width."""
+    images = torch.full((count,), 10)
+    right = torch.full((count,), 5)
+    pictures.per_class(right, right, images, tuple(map(str, range(count))), 1, tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as picture:
+        blue = (np.asarray(picture.convert("RGB")).astype(int) - [0, 0x72, 0xB2]).__abs__().max(2) < 3
+    widths = blue[: int(0.8 * len(blue))].sum(1)
+    assert abs(widths.max() / (2 * 0.5 * 840) - 0.5) < 0.1
+
+
+def test_classes_without_images_have_no_bar(tmp_path):
+    images = torch.tensor([10, 0])
+    pictures.per_class(images, images, images, ("a", "b"), 1, tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as one:
+        height = one.height
+    pictures.per_class(images, images, torch.tensor([10, 10]), ("a", "b"), 1, tmp_path / "d.png")
+    assert not is_blank(tmp_path / "c.png")
+    with Image.open(tmp_path / "d.png") as two:
+        assert two.height >= height
+
+
 def test_a_single_confusion_among_a_thousand_classes_is_seen(tmp_path):
     matrix = torch.eye(1000).long() * 50
     matrix[100, 100], matrix[100, 900] = 40, 10

@@ -1,4 +1,4 @@
-"""Pictures of a trained network: its first layer's filters, and what it confuses."""
+"""Pictures of a trained network: its first layer's filters, what it confuses, how good it is by class."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ FILTER_PIXELS = 88
 
 NUMBERS_UP_TO, NAMES_UP_TO, CELLS = 20, 120, 250
 """Classes up to which a confusion matrix shows its numbers, and all their names; and its most rows of cells."""
+
+BARS = 60
+"""Classes up to which each has a bar in the picture of their accuracies."""
 
 
 def filters(weight: Tensor, path: Path, towers: int = 1) -> None:
@@ -83,6 +86,43 @@ def confusion(matrix: Tensor, classes: tuple[str, ...], path: Path) -> None:
     axes.set(xlabel="guessed", ylabel="true", title="True class by best guess")
     _name(axes, classes, 0.75 * 72 * 0.8 * side)
     figure.savefig(path, dpi=120 if numbers else 150)
+
+
+def per_class(right: Tensor, best: Tensor, images: Tensor, classes: tuple[str, ...], k: int, path: Path) -> None:
+    """Draw each class's accuracy as a bar, top-1 in the bar of top-k, the worst class at the top.
+
+    Of more than `BARS` classes the worst and the best halves of so many are drawn, with a gap between.
+
+    Args:
+        right: (classes,), images whose class is the best guess.
+        best: (classes,), images whose class is among the k best guesses.
+        images: (classes,), images of each class; classes without any are left out.
+        classes: their names.
+        k: of top-k.
+        path: of the PNG; overwritten.
+    """
+    from matplotlib.figure import Figure
+
+    shares = 100 * torch.stack([right, best]).double() / images.clamp_min(1)
+    order = [i for i in shares[0].argsort(stable=True).tolist() if images[i]]
+    rows: list[int | None] = [*order]
+    if len(order) > BARS:
+        rows = [*order[: BARS // 2], None, *order[-(BARS // 2) :]]
+    places = [place for place, i in enumerate(rows) if i is not None]
+    shown = [i for i in rows if i is not None]
+    figure = Figure(figsize=(7, max(2.0, 0.22 * len(rows) + 1)), layout="constrained")
+    axes = figure.subplots()
+    for top, colour in ((1, "#c6dbef"), (0, "#0072b2")):
+        label = f"among the {k} best guesses" if top else "the best guess"
+        axes.barh(places, shares[top][shown].tolist(), color=colour, label=label)
+    names = [f"{short(classes[i], 30)} ({images[i]:,})" for i in shown]
+    axes.set_yticks(places, names, fontsize=8)
+    left_out = f"; {len(order) - len(shown):,} classes in the middle are left out" if None in rows else ""
+    axes.set(xlim=(0, 100), xlabel=f"images of the class that are right (%){left_out}", title="Accuracy by class")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def _name(axes: Any, classes: tuple[str, ...], points: float) -> None:

@@ -16,7 +16,7 @@ from alexnet_triton.recipe.evaluate import pictures
 from alexnet_triton.recipe.evaluate.evaluation import BEST, Evaluation, Score
 from alexnet_triton.recipe.files import check_new, new_file
 
-FILES = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png", "predictions.csv")
+FILES = ("evaluation.json", "classes.csv", "classes.png", "confusion.csv", "confusion.png", "predictions.csv")
 
 
 def check_folder(folder: Path) -> None:
@@ -53,6 +53,9 @@ def write(folder: Path, evaluation: Evaluation, data: ImageSet, about: dict[str,
     with new_file(folder / "classes.csv") as path:
         header = ("class", "images", "top1", f"top{min(BEST, len(names))}", "most_confused_with", "times")
         _write_csv(path, header, per_class(score, names))
+    with new_file(folder / "classes.png") as path:
+        confusion, k = score.confusion.cpu(), min(BEST, len(names))
+        pictures.per_class(confusion.diagonal(), score.best.cpu(), confusion.sum(1), names, k, path)
     with new_file(folder / "confusion.csv") as path:
         rows = ([name, *row] for name, row in zip(names, score.confusion.tolist(), strict=True))
         _write_csv(path, ("true \\ guess", *names), rows)
