@@ -1,6 +1,7 @@
 """The command `train`: its images, its network, its folder, and what it refuses in one sentence."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,8 +170,10 @@ def test_train_writes_a_run_and_resume_goes_on_with_it(photographs, tmp_path, mo
     err = capsys.readouterr().err
     assert "checkpoint-000000004.pt' is of a run that was told otherwise (lr was 0.005 and is 0.1)" in err
     assert snapshot(out) == before
+    (out / ".checkpoint-000000009.pt.x.writing").touch()  # as a process that was killed leaves it
     assert main([*words(photographs, out, "--resume"), "--epochs", "2"]) == 0
     assert "going on after 1 epochs" in capsys.readouterr().out
+    assert not list(out.glob(".*.writing"))
     steps = [checkpoint.steps(checkpoint.read(path)) for path in Checkpoints(out).numbered()]
     assert steps == [0, 4, 8]
     assert main(words(photographs, out, "--resume", str(out / "checkpoint-000000004.pt"))) == 2
@@ -224,6 +227,36 @@ def test_processes_that_see_different_checkpoints_do_not_go_on(tmp_path):
         training._folder(Options(tmp_path, output_dir=tmp_path), Two(torch.device("cpu"))),
     ):
         pass
+
+
+@dataclass(frozen=True)
+class Second(World):
+    """The second process of two, of which the first is not there."""
+
+    def sum(self, values):
+        return values
+
+    def gather(self, value):
+        return [value, value]
+
+
+def test_each_process_drops_units_of_its_own_and_judges_images_of_its_own(photographs, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begun(*_, **more):
+        raise Begun(torch.initial_seed())
+
+    small_network(monkeypatch)
+    monkeypatch.setattr(training, "Training", begun)
+    second = Second(torch.device("cpu"), 1, 2)
+    with pytest.raises(Begun, match="^8$"):
+        training._run(Options(photographs, size=72, output_dir=tmp_path, settings=Settings(seed=7)), second, False)
+    learn = images(Options(photographs, size=72))[0]
+    trained = Trained(AlexNet(3, variant="torchvision"), learn.classes, learn.statistics(), 72, 67)
+    checkpoint.write(tmp_path / "c.pt", trained.content())
+    monkeypatch.setattr(training, "world", lambda _: nullcontext(second))
+    assert training.judge(Options(photographs, resume=str(tmp_path / "c.pt")), progress=False).images == 1  # of 3
 
 
 def test_resume_without_a_checkpoint_starts(photographs, tmp_path, monkeypatch):

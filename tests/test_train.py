@@ -1,36 +1,27 @@
-"""The training loop: what it learns, that it can stop anywhere and go on to the last bit, and when it refuses."""
+"""The training loop: what it learns and draws, when it stops with an error, and what it warns of."""
 
 import csv
-import json
 import math
 import os
 import re
-import signal
 import time
 import warnings
-from pathlib import Path
 
 import pytest
-import small_run
 import torch
 import torch.nn.functional as F
-from small_run import equal, network, patterns, program, resumed, state, steps_of, training
+from small_run import equal, network, patterns, state, steps_of, training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from tqdm import tqdm
 
 from alexnet_triton import AlexNet
+from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.data.sets import LabelledImages
 from alexnet_triton.recipe.optim import KrizhevskySGD
 from alexnet_triton.recipe.train import checkpoint
-from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.loop import TrainingError
-from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.settings import COLUMNS, Settings
-from alexnet_triton.recipe.train.signals import Interrupted
-
-DROPS = {"lr_scheduler": "step", "lr_step_size": 1, "lr_gamma": 0.5}
-"""A schedule that lowers the rate after every epoch."""
 
 
 def test_a_run_learns_and_writes_down_every_step_and_epoch(tmp_path):
@@ -68,25 +59,16 @@ class Slow(LabelledImages):
         return super().read(indices)
 
 
-def test_the_share_of_time_that_is_waited_is_that_of_the_epoch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_share_of_time_that_is_waited_is_that_of_the_epoch(workers, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(tqdm, "set_postfix", lambda _, **figures: shown.append(figures["waiting"]))
     data = patterns()
     learn = Slow("slow", data.images, data.labels, data.classes)
-    history = training(tmp_path, learn=learn, workers=0).run()
+    history = training(tmp_path, learn=learn, workers=workers).run()
     shares = [float(share.rstrip("%")) / 100 for share in shown]
     assert len(shares) == 9
     assert all(0 < share <= 1 for share in (*shares, *history.column("waiting")))
-
-
-def test_the_bar_of_an_epoch_that_goes_on_begins_where_it_stopped(tmp_path, monkeypatch):
-    with pytest.raises(Interrupted):
-        stop_at(training(tmp_path, epochs=1), 2, monkeypatch).run()
-    run, begun = resumed(tmp_path, epochs=1), []
-    bar = run._bar
-    monkeypatch.setattr(run, "_bar", lambda *about: begun.append(about[2:]) or bar(*about))
-    run.run()
-    assert begun == [(16,), ()]
 
 
 def test_every_worker_and_epoch_has_crops_of_its_own(tmp_path, monkeypatch):
@@ -109,6 +91,51 @@ def test_every_worker_and_epoch_has_crops_of_its_own(tmp_path, monkeypatch):
     assert len({colour for _, colour in seen}) == 44
 
 
+def test_mirrors_and_colours_are_drawn_where_they_are_wanted(tmp_path):
+    for wanted in (True, False):
+        _, draws = training(tmp_path, mirror=wanted, pca_std=0.3 * wanted)._drawn(0)
+        assert bool(draws.mirror.any()) == wanted
+        assert draws.colour.std().item() == pytest.approx(0.3 * wanted, rel=0.3)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    model = network()
+    before = [parameter.clone() for parameter in model.parameters()]
+    told = {"momentum": 0.0, "weight_decay": 0.0, "lr": 0.1, "epochs": 1}
+    training(tmp_path, model, clip_grad_norm=1e-3, **told).run()
+    moved = sum((a - b).square().sum() for a, b in zip(before, model.parameters(), strict=True)).sqrt()
+    assert 0 < moved <= 1.01 * 3 * 0.1 * 1e-3  # three steps
+
+
+def test_how_often_the_loss_is_looked_at_changes_nothing(tmp_path):
+    for freq in (1, 2, 5):
+        torch.manual_seed(5)
+        run = training(tmp_path / str(freq))
+        run.print_freq = freq  # as on a GPU
+        run.run()
+    often, seldom, never = (state(tmp_path / str(freq)) for freq in (1, 2, 5))
+    assert equal(often, seldom)
+    assert equal(often, never)
+
+
+def test_no_more_is_read_ahead_than_readers_and_one_batch_need():
+    read = []
+
+    class Counted(LabelledImages):
+        def read(self, indices):
+            read.append(indices)
+            return super().read(indices)
+
+    data = patterns()
+    loader = Loader(Counted("counted", data.images, data.labels, data.classes), 2, torch.device("cpu"))
+    batches = loader.batches(torch.arange(22).split(2))
+    assert torch.equal(next(batches), data.images[:2])
+    time.sleep(0.2)
+    assert len(read) <= 4
+    assert torch.equal(torch.cat(list(batches)), data.images[2:])
+    assert len(read) == 11
+
+
 def test_the_seed_decides_and_the_number_of_readers_does_not(tmp_path):
     told = [{"workers": 0}, {"workers": 3}, {"seed": 1}]
     for number, settings in enumerate(told):
@@ -129,147 +156,6 @@ def test_an_epoch_has_each_image_once_in_an_order_and_with_crops_of_its_own(tmp_
     assert equal(tuple(run._drawn(1)), (next_order, next_draws))
 
 
-# --- stopping and going on --------------------------------------------------------------------------------------------
-
-
-def stop_at(run, step, monkeypatch, number=signal.SIGINT):
-    """Send a signal while step `step` of the run is under way."""
-    taken, take = [], run._step
-
-    def counted(*batch):
-        taken.append(1)
-        if len(taken) == step:
-            os.kill(os.getpid(), number)
-        return take(*batch)
-
-    monkeypatch.setattr(run, "_step", counted)
-    return run
-
-
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "mixed"])
-@pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_stopped_run_goes_on_to_the_same_bits(step, amp, tmp_path, monkeypatch):
-    told = {"amp": amp, "bias_lr": 2.0, "bias_decay": 0.0, **DROPS}
-    torch.manual_seed(5)
-    whole = training(tmp_path / "whole", **told)
-    whole.run()
-    torch.manual_seed(5)
-    run = stop_at(training(tmp_path / "parts", **told), step, monkeypatch)
-    with pytest.raises(Interrupted, match=r"last\.pt, and --resume goes on"):
-        run.run()
-    assert len(run.history.step_loss) == step
-    torch.manual_seed(99)  # dropout's stream comes from the checkpoint
-    resumed(tmp_path / "parts", **told).run()
-    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
-
-
-def test_a_plateau_is_remembered_across_a_stop(tmp_path, monkeypatch):
-    told = {"epochs": 6, "lr": 1e-10, "lr_patience": 0, "weight_decay": 0.0}
-    whole = training(tmp_path / "whole", **told)
-    rates = whole.run().column("lr")
-    assert rates[-1] < rates[0]
-    run = stop_at(training(tmp_path / "parts", **told), 10, monkeypatch)
-    with pytest.raises(Interrupted):
-        run.run()
-    assert resumed(tmp_path / "parts", **told).run().column("lr") == rates
-
-
-def test_a_stop_while_images_are_judged_judges_them_when_it_goes_on(tmp_path, monkeypatch):
-    torch.manual_seed(5)
-    training(tmp_path / "whole").run()
-    torch.manual_seed(5)
-    run = training(tmp_path / "parts")
-    judge = run.judge
-
-    def interrupted():
-        os.kill(os.getpid(), signal.SIGTERM)
-        return judge()
-
-    monkeypatch.setattr(run, "judge", interrupted)
-    with pytest.raises(Interrupted) as caught:
-        run.run()
-    assert caught.value.signal == signal.SIGTERM
-    assert len(run.history.epochs) == 0
-    resumed(tmp_path / "parts").run()
-    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
-
-
-def test_signals_are_put_back_and_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    run = training(tmp_path)
-
-    def twice(*batch):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-
-    monkeypatch.setattr(run, "_step", twice)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        run.run()
-    assert not isinstance(caught.value, Interrupted)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    assert checkpoint.read(tmp_path / "last.pt")["training"]["step"] == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes to kill them")
-def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path):
-    told = {"epochs": 30, "lr_scheduler": "step", "lr_step_size": 7, "keep": 2}
-    program([small_run.__file__, "run_and_kill", tmp_path / "parts", json.dumps(told)])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)  # as in the other process
-        run = training(tmp_path / "whole", **told)
-        torch.manual_seed(100)
-        run.run()
-    finally:
-        torch.set_num_threads(threads)
-    assert len(run.history.epochs) == 30
-    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
-    for name in ("last.pt", "best.pt", "log.csv"):
-        assert (tmp_path / "parts" / name).is_file()
-    assert steps_of(tmp_path / "parts" / "best.pt") == steps_of(tmp_path / "whole" / "best.pt")
-    assert list((tmp_path / "parts").glob(".*")) == []
-
-
-@pytest.mark.parametrize("lost", ["last.pt", "best.pt", "log.csv"])
-def test_what_a_killed_process_had_not_come_to_is_written_when_the_run_goes_on(lost, tmp_path):
-    training(tmp_path, epochs=1).run()
-    table = (tmp_path / "log.csv").read_text()
-    (tmp_path / lost).unlink()
-    resumed(tmp_path, epochs=1).run()
-    assert (tmp_path / "log.csv").read_text() == table
-    assert steps_of(tmp_path / "last.pt") == steps_of(tmp_path / "best.pt") == 3
-
-
-def test_the_best_is_left_alone_by_a_run_that_goes_on_after_a_worse_epoch(tmp_path, monkeypatch):
-    run = training(tmp_path, epochs=2)
-    losses = iter([1.0, 2.0])
-    monkeypatch.setattr(run, "judge", lambda: (next(losses), 0.5, 1.0))
-    run.run()
-    resumed(tmp_path, epochs=2).run()
-    assert steps_of(tmp_path / "best.pt") == 3
-    assert steps_of(tmp_path / "last.pt") == 6
-
-
-def test_a_run_that_was_stopped_goes_on_in_the_same_process(tmp_path, monkeypatch):
-    run = stop_at(training(tmp_path), 2, monkeypatch)
-    with pytest.raises(Interrupted):
-        run.run()
-    assert len(run.run().step_loss) == 9
-
-
-def test_tensorboard_shows_each_step_and_epoch_of_a_run_that_went_on_once(tmp_path):
-    training(tmp_path, epochs=1).run()
-    ahead = Record(tmp_path, 3)
-    ahead.step(4, 99.0, 0.1)  # by a process that was killed before it wrote a checkpoint
-    ahead.close()
-    history = resumed(tmp_path, epochs=2).run()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in events.Scalars("loss/step")] == [1, 2, 3, 4, 5, 6]
-    assert [event.value for event in events.Scalars("loss/step")] == pytest.approx(history.step_loss)
-    assert [event.step for event in events.Scalars("epoch/loss")] == [3, 6]
-
-
 # --- what stops a run, and what is warned about -----------------------------------------------------------------------
 
 
@@ -278,6 +164,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_networ
         training(tmp_path, lr=1e30).run()
     content = checkpoint.read(tmp_path / "last.pt")
     assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_a_parameter_that_is_not_finite_is_not_written(tmp_path):
+    run = training(tmp_path)
+    with torch.no_grad():
+        run.model.classifier[6].bias[0] = math.inf
+    with pytest.raises(TrainingError, match="a parameter is not finite at step 0"):
+        run.save()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -400,134 +295,3 @@ def test_a_crop_larger_than_the_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="76"):
         training(tmp_path, crop=76)
     assert os.listdir(tmp_path) == []
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
-    run = training(tmp_path, epochs=5, keep=2)
-    history = run.run()
-    names = sorted(path.name for path in tmp_path.glob("*.pt"))
-    assert names == ["best.pt", "checkpoint-000000012.pt", "checkpoint-000000015.pt", "last.pt"]
-    assert steps_of(tmp_path / "last.pt") == 15
-    losses = history.column("held_out_loss")
-    assert steps_of(tmp_path / "best.pt") == 3 * (1 + losses.index(min(losses)))
-
-
-def test_checkpoints_load_without_running_code(tmp_path):
-    training(tmp_path, epochs=1).run()
-    content = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert content["classes"] == list("abcd")
-    assert (content["variant"], content["size"], content["crop"]) == ("torchvision", 75, 67)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"lr": 0.01}, "lr was 0.02 and is 0.01"),
-        ({"batch_size": 4}, "batch_size was 8 and is 4"),
-        ({"amp": True}, "amp was False and is True"),
-        ({"seed": 3}, "seed was 0 and is 3"),
-        ({"lr_scheduler": "cosine"}, "lr_scheduler was plateau and is cosine"),
-        ({"learn": patterns(14)}, "images to learn from was 22 and is 14"),
-        ({"learn": patterns(seed=5)}, "the colours that the input is normalised by were others"),
-    ],
-)
-def test_a_run_that_was_told_otherwise_is_not_resumed(changed, message, tmp_path):
-    training(tmp_path, epochs=1).run()
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match=f"told otherwise \\({message}\\)"):
-        resumed(tmp_path, **{"epochs": 1, **changed})
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_more_epochs_may_be_asked_of_a_run_that_goes_on(tmp_path):
-    torch.manual_seed(5)
-    training(tmp_path / "long", epochs=4).run()
-    torch.manual_seed(5)
-    training(tmp_path / "short", epochs=2).run()
-    resumed(tmp_path / "short", epochs=4).run()
-    assert equal(state(tmp_path / "short")["model"], state(tmp_path / "long")["model"])
-    assert Settings(lr_scheduler="cosine").changed({**vars(Settings(lr_scheduler="cosine")), "epochs": 5})
-
-
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-3000])
-
-
-def emptied(path):
-    path.write_bytes(b"")
-
-
-def evil(path):
-    torch.save({"training": {}, "model": Path("/")}, path)  # a class that no checkpoint needs
-
-
-def of_a_network_alone(path):
-    torch.save({"model": {}}, path)
-
-
-def of_half_a_state(path):
-    torch.save({"model": {}, "training": {"step": 1}}, path)
-
-
-def of_numbers(path):
-    torch.save([1, 2], path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncated, "no checkpoint, or is damaged"),
-        (emptied, "no checkpoint, or is damaged"),
-        (evil, r"no checkpoint, or is damaged \(it holds something else than tensors and plain types\): remove it"),
-        (of_a_network_alone, "no state of its training: --init-from"),
-        (of_half_a_state, "no state of its training: --init-from"),
-        (of_numbers, "no state of its training: --init-from"),
-        (Path.unlink, "there is no checkpoint"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_used_is_named_in_one_sentence(damage, message, tmp_path):
-    path = tmp_path / "c.pt"
-    checkpoint.write(path, {"training": dict.fromkeys(checkpoint.STATE, 0), "model": torch.zeros(4000)})
-    checkpoint.read(path)
-    damage(path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.read(path)
-    assert "c.pt" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
-    content = {"training": dict.fromkeys(checkpoint.STATE, 1)}
-    checkpoint.write(tmp_path / "c.pt", content)
-    with pytest.raises(Exception, match="pickle"):
-        checkpoint.write(tmp_path / "c.pt", {"training": (x for x in ())})
-    assert checkpoint.read(tmp_path / "c.pt") == content
-    assert os.listdir(tmp_path) == ["c.pt"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
-def test_a_disk_that_is_full_is_named_and_leaves_the_old_checkpoint(tmp_path):
-    import resource
-
-    content = {"training": dict.fromkeys(checkpoint.STATE, 1)}
-    checkpoint.write(tmp_path / "c.pt", content)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"c\.pt' could not be written \(File too large\): make room") as caught:
-            checkpoint.write(tmp_path / "c.pt", {"weight": torch.zeros(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(caught.value)
-    assert checkpoint.read(tmp_path / "c.pt") == content
-    assert os.listdir(tmp_path) == ["c.pt"]
-
-
-def test_what_a_killed_writer_left_is_cleared(tmp_path):
-    (tmp_path / ".checkpoint-1.pt.abc.writing").touch()
-    (tmp_path / "mine.txt").touch()
-    Checkpoints(tmp_path).clear_temporary()
-    assert os.listdir(tmp_path) == ["mine.txt"]

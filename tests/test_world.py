@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
 import pytest
 import small_run
@@ -58,6 +59,32 @@ def test_processes_of_another_launcher_and_more_than_gpus_are_refused(monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RuntimeError, match="process 1 of this machine finds 1 GPUs: start as many"):
         world("cuda").__enter__()
+
+
+@dataclass(frozen=True)
+class Part(World):
+    """A process of several that are not there."""
+
+    def sum(self, values):
+        return values
+
+    def gather(self, value):
+        return [value] * self.size
+
+
+def test_each_image_is_read_by_one_process_alone(tmp_path, monkeypatch):
+    """Shares of accuracies would be right as well if each process judged all images."""
+    monkeypatch.setattr("alexnet_triton.recipe.train.loop._network", lambda model, *_: model)
+    learned, judged = [], []
+    for rank in range(3):
+        run = training(tmp_path / str(rank), here=Part(torch.device("cpu"), rank, 3), batch_size=3, epochs=1)
+        for loader, read in ((run.loader, learned), (run.held_out_loader, judged)):
+            batches = loader.batches
+            spied = lambda parts, read=read, batches=batches: batches([read.append(p) or p for p in parts])  # noqa: E731
+            monkeypatch.setattr(loader, "batches", spied)
+        run.run()
+    assert sorted(torch.cat(learned).tolist()) == list(range(22))
+    assert sorted(torch.cat(judged).tolist()) == list(range(10))
 
 
 def assert_equal(one, two):
