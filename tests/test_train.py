@@ -45,10 +45,12 @@ def test_events_are_written_for_tensorboard(tmp_path):
     assert events.Scalars("epoch/held_out_top1")[0].value == pytest.approx(history.epochs[0]["held_out_top1"])
 
 
-def test_an_epochs_loss_is_the_mean_of_its_images_and_not_of_its_batches(tmp_path):
+def test_an_epochs_figures_are_means_of_its_images_and_not_of_its_batches(tmp_path):
     history = training(tmp_path, epochs=1).run()
     sums = [loss * count for loss, count in zip(history.step_loss, (8, 8, 6), strict=True)]
     assert history.column("loss") == pytest.approx([sum(sums) / 22])
+    right = 22 * history.epochs[0]["top1"]
+    assert right == pytest.approx(round(right))
 
 
 class Slow(LabelledImages):
