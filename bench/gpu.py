@@ -43,6 +43,7 @@ from alexnet_triton.bench.checks import Absent, Measure
 from alexnet_triton.bench.plans import Plan
 from alexnet_triton.bench.report import LOST, RESULTS, Check, Report, Run, run_cases
 from alexnet_triton.bench.timing import machine, nvidia_smi
+from alexnet_triton.recipe.data.loader import readers
 from alexnet_triton.variants import VARIANTS
 
 BUDGET = 500.0
@@ -204,11 +205,11 @@ def _graphs(run: Run) -> Iterator[tuple[str, Check]]:
 
 
 def _loading(run: Run) -> Iterator[tuple[str, Check]]:
-    """With as many threads that read as help, and with as many as `train` has unless it is told."""
-    threads = waiting.readers()
+    """With as many threads that read as `train` has unless it is told, and with two."""
+    threads = readers()
     name = f"training of paper waits for packed images, threads that read: {threads}"
     yield name, partial(waiting.check_waiting, "paper", threads, run.scale, run.device)
-    yield "the same, of train's own 2 threads", partial(waiting.training, "paper", 2, run.scale, run.device)
+    yield "the same, of 2 threads", partial(waiting.training, "paper", 2, run.scale, run.device)
 
 
 def _sanitizer(run: Run) -> Iterator[tuple[str, Check]]:

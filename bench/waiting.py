@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,6 @@ STEPS = 24
 
 LIMIT = 0.05
 """Of the time of training, as its history has it: that the host waits while the GPU has work left counts too."""
-
-
-def readers() -> int:
-    """Threads that read: half of the cores, eight at most."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
 
 
 def training(variant: str, workers: int, scale: Scale, device: torch.device) -> dict[str, Any]:

@@ -6,14 +6,16 @@ import sys
 import pytest
 
 from alexnet_triton.cli import main
-from alexnet_triton.cli.words import INIT_NAMES, VARIANT_NAMES
+from alexnet_triton.cli.words import INIT_NAMES, READERS, VARIANT_NAMES
 from alexnet_triton.model import INITS
+from alexnet_triton.recipe.data.loader import readers
 from alexnet_triton.variants import VARIANTS
 
 
 def test_names_on_the_command_line_are_the_networks():
     assert set(VARIANT_NAMES) == set(VARIANTS)
     assert set(INIT_NAMES) == set(INITS)
+    assert readers() == READERS
 
 
 def test_info_prints_the_table(capsys):

@@ -6,7 +6,16 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from alexnet_triton.cli.words import INIT_NAMES, VARIANT_NAMES, Commands, add_variant, count, positive, positive_float
+from alexnet_triton.cli.words import (
+    INIT_NAMES,
+    READERS,
+    VARIANT_NAMES,
+    Commands,
+    add_variant,
+    count,
+    positive,
+    positive_float,
+)
 
 DEFAULT = "default: %(default)s"
 
@@ -99,7 +108,8 @@ def _add_run(train: argparse.ArgumentParser) -> None:
     resume = "go on from a checkpoint; without FILE from the newest in --output-dir, or from the start"
     group.add_argument("--resume", nargs="?", const="newest", metavar="FILE", help=resume)
     group.add_argument("--test-only", action="store_true", help="judge the network of --resume or --init-from")
-    group.add_argument("-j", "--workers", type=count, default=2, metavar="N", help=f"threads that read; {DEFAULT}")
+    readers = "threads that read; default: one a core, 8 at most"
+    group.add_argument("-j", "--workers", type=count, default=READERS, metavar="N", help=readers)
     looks = f"from one look at the loss to the next, on a GPU; {DEFAULT}"
     group.add_argument("--print-freq", type=positive, default=10, metavar="STEPS", help=looks)
     group.add_argument("--keep", type=positive, default=3, metavar="N", help=f"newest checkpoints to keep; {DEFAULT}")

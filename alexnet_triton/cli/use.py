@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alexnet_triton.cli.words import VARIANT_NAMES, Commands, count, positive
+from alexnet_triton.cli.words import READERS, VARIANT_NAMES, Commands, count, positive
 
 if TYPE_CHECKING:
     from alexnet_triton.recipe.data.sets import ImageSet
@@ -119,7 +118,7 @@ def _add_ten_crop(parser: argparse.ArgumentParser) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="default: %(default)s")
     workers = "threads that read; default: one a core, 8 at most"
-    parser.add_argument("-j", "--workers", type=count, default=min(8, os.cpu_count() or 1), metavar="N", help=workers)
+    parser.add_argument("-j", "--workers", type=count, default=READERS, metavar="N", help=workers)
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ INIT_NAMES = (*VARIANT_NAMES, "kaiming")
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DTYPE_NAMES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 
+
+READERS = min(8, os.cpu_count() or 1)
+"""As `alexnet_triton.recipe.data.loader.readers`, which is not loaded to print help."""
 
 Commands = Any
 """What `ArgumentParser.add_subparsers` gives."""

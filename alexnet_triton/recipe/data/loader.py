@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor
 
 from alexnet_triton.recipe.data.sets import ImageSet
+
+
+def readers() -> int:
+    """Threads that read where nothing else is said: one a core, eight at most."""
+    return min(8, os.cpu_count() or 1)
 
 
 class Loader:

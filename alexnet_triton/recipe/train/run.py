@@ -15,7 +15,7 @@ from torch import nn
 from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data import sources
-from alexnet_triton.recipe.data.loader import Loader
+from alexnet_triton.recipe.data.loader import Loader, readers
 from alexnet_triton.recipe.data.sets import DataError, ImageSet, stratified_split
 from alexnet_triton.recipe.evaluate.evaluation import Score, evaluate
 from alexnet_triton.recipe.evaluate.use import of_size
@@ -56,7 +56,7 @@ class Options:
     that of the checkpoint."""
     crop: int | None = None
     """None: the variant's own size; or, of smaller images, the same share of them."""
-    workers: int = 2
+    workers: int = field(default_factory=readers)
     print_freq: int = 10
     keep: int = 3
     compiled: bool = False
