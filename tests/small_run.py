@@ -61,14 +61,14 @@ def network(dropout=0.5, seed=0):
     return model
 
 
-def training(folder, model=None, here=None, learn=None, workers=2, keep=3, images=22, **settings):
+def training(folder, model=None, here=None, learn=None, held_out=None, workers=2, keep=3, images=22, **settings):
     """A run, not begun."""
     told = Settings(**{"epochs": 3, "batch_size": 8, "lr": 0.02, "crop": CROP, **settings})
     learn = learn or patterns(images)
     folder.mkdir(parents=True, exist_ok=True)
     trained = Trained(model or network(), CLASSES, learn.statistics(), SIZE, CROP)
     here = here or World(torch.device("cpu"))
-    held_out = patterns(10, seed=1)
+    held_out = held_out or patterns(10, seed=1)
     return Training(trained, learn, held_out, told, Checkpoints(folder, keep), here, workers=workers, progress=False)
 
 

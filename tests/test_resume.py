@@ -172,6 +172,14 @@ def test_the_best_is_left_alone_by_a_run_that_goes_on_after_a_worse_epoch(tmp_pa
     assert steps_of(tmp_path / "last.pt") == 6
 
 
+def test_the_best_is_of_the_end_of_an_epoch_though_the_run_goes_on_after_it(tmp_path, monkeypatch):
+    for run, step in ((training(tmp_path), 5), (None, 1)):
+        with pytest.raises(Interrupted):
+            stop_at(run or resumed(tmp_path), step, monkeypatch).run()
+    assert steps_of(tmp_path / "best.pt") == 3
+    assert steps_of(tmp_path / "last.pt") == 6
+
+
 def test_a_run_that_was_stopped_goes_on_in_the_same_process(tmp_path, monkeypatch):
     run = stop_at(training(tmp_path), 2, monkeypatch)
     with pytest.raises(Interrupted):
