@@ -27,6 +27,7 @@ import torch
 from alexnet_triton import configs
 from alexnet_triton.backend import TRITON_INSTALLED, interpreting, use_backend
 from alexnet_triton.bench import (
+    augment_checks,
     checks,
     graph_checks,
     launches,
@@ -168,6 +169,9 @@ def _layers(run: Run) -> Iterator[tuple[str, Check]]:
         yield f"mask of {rows} x {columns}, p={p}", partial(checks.check_mask, run.device, rows, columns, p)
     for dtype in run.scale.dtypes:
         yield f"update rule, {_name(dtype)}", partial(update_checks.check_update, dtype, run.scale, run.device)
+    for variant in ("paper", "torchvision"):
+        name = f"augmentation for {variant}, {_name(run.scale.dtypes[0])}"
+        yield name, partial(augment_checks.check_augment, variant, run.scale.dtypes[0], run.scale, run.device)
     for case in checks.cases(run.scale):
         yield case.name, partial(checks.check_layer, case, run.device)
 

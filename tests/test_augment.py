@@ -9,7 +9,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from alexnet_triton import use_backend
+from alexnet_triton.bench import augment_checks
+from alexnet_triton.bench.checks import TINY
 from alexnet_triton.folded import Folded
+from alexnet_triton.kernels import augment as kernels_augment
 from alexnet_triton.kernels import halo
 from alexnet_triton.kernels.augment import augment as by_kernel
 from alexnet_triton.kernels.augment import pack_draws
@@ -400,3 +403,23 @@ def test_statistics_type_is_what_augment_takes():
     s = Statistics(torch.zeros(3), torch.ones(3), torch.ones(3), torch.eye(3))
     y = Augment(s, 2)(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), augment.centre(1, 2, 2))
     assert torch.equal(y, torch.ones(1, 3, 2, 2))
+
+
+# --- what `make gpu` checks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("paper", torch.bfloat16), ("torchvision", torch.float32)])
+def test_the_checks_for_a_gpu_hold_here(variant, dtype):
+    measures = augment_checks.check_augment(variant, dtype, TINY, torch.device("cpu"))
+    assert len(measures) == 5
+    assert [measure.name for measure in measures if not measure.holds] == []
+
+
+def test_the_checks_for_a_gpu_notice_a_kernel_that_mirrors_nothing(monkeypatch):
+    pack = kernels_augment.pack_draws
+    monkeypatch.setattr(
+        kernels_augment, "pack_draws", lambda top, left, mirror, *rest: pack(top, left, mirror & False, *rest)
+    )
+    torch.manual_seed(0)
+    measures = augment_checks.check_augment("paper", torch.float32, TINY, torch.device("cpu"))
+    assert "pixels" in [measure.name for measure in measures if not measure.holds]
