@@ -47,10 +47,12 @@ def test_the_decay_is_inside_the_velocity_too(backend):
     assert w.item() == pytest.approx(0.999 - 0.0005 - 0.000999, abs=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_five_steps_with_groups_and_a_drop_of_the_rate_are_those_of_float64(dtype, backend):
-    if dtype == torch.float64 and backend == "triton":
-        pytest.skip("the kernels take no float64")
+RULES = [(dtype, backend) for dtype in DTYPES for backend in ("triton", "reference")] + [(torch.float64, "reference")]
+"""The kernels take no float64."""
+
+
+@pytest.mark.parametrize(("dtype", "on"), RULES)
+def test_five_steps_with_groups_and_a_drop_of_the_rate_are_those_of_float64(dtype, on):
     weights = parameters(dtype=dtype)
     groups = [
         {"params": weights[:2]},
@@ -65,7 +67,8 @@ def test_five_steps_with_groups_and_a_drop_of_the_rate_are_those_of_float64(dtyp
         if step == 3:
             for group in optimizer.param_groups:
                 group["lr"] /= 10
-        optimizer.step()
+        with use_backend(on):
+            optimizer.step()
         drop = 0.1 if step >= 3 else 1
         lr = [drop * rate for rate in (0.05, 0.05, 0.3, 0.3, 0.1, 0.1)]
         momentum, decay = (0.9, 0.9, 0.5, 0.5, 0, 0), (5e-4, 5e-4, 0.1, 0.1, 0, 0)
