@@ -464,7 +464,14 @@ def test_ctrl_c_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):
 
 def start(*words):
     command = [sys.executable, "-m", "alexnet_triton", "prepare", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored behind a shell's `&`
+    )
 
 
 def wait_for(condition):
