@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torchvision.transforms.v2 import functional as transform
 
 from alexnet_triton.demo.digits import write_digits
-from alexnet_triton.recipe.data.images import BadImage, class_folders, decode, fit, image_folder, read_image
+from alexnet_triton.recipe.data.images import BadImage, FolderImages, class_folders, decode, fit, read_image
 from alexnet_triton.recipe.data.sets import DataError, LabelledImages, stratified_split
 
 
@@ -26,6 +26,12 @@ def folder(tmp_path):
         for index in range(3):
             save(tmp_path / "images" / name / f"{index}.png")
     return tmp_path / "images"
+
+
+def image_folder(folder, size=16):
+    """All images of a folder of class folders, in memory."""
+    data = FolderImages(class_folders(folder, least=2), size)
+    return LabelledImages(data.name, data.read(torch.arange(len(data))), data.labels, data.classes)
 
 
 def digits():

@@ -9,7 +9,6 @@ from alexnet_triton.recipe.augment import ten_crop
 from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.data.sets import DataError, LabelledImages, Statistics
 from alexnet_triton.recipe.evaluate.evaluation import (
-    Normalise,
     Score,
     autocast_dtype,
     average,
@@ -204,12 +203,3 @@ def test_confusion_matrix_has_truth_in_rows():
     logits = torch.eye(3)[torch.tensor([0, 1, 1, 1])]
     matrix = confusion_matrix(logits, torch.tensor([0, 1, 2, 1]))
     assert matrix.tolist() == [[1, 0, 0], [0, 2, 0], [0, 1, 0]]
-
-
-def test_normalise_gives_mean_zero_and_deviation_one():
-    images = torch.randint(0, 256, (8, 3, 5, 5)).to(torch.uint8)
-    data = LabelledImages("noise", images, torch.zeros(8).long(), ("a", "b"))
-    x = Normalise(*data.statistics()[:2])(images)
-    assert x.dtype == torch.float32
-    assert x.mean((0, 2, 3)).abs().max() < 1e-5
-    assert (x.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from alexnet_triton.recipe.data.sets import ColourSums, DataError, ImageSet, LabelledImages, Statistics
+from alexnet_triton.recipe.data.sets import DataError, ImageSet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -171,9 +170,6 @@ def class_folders(folder: str | os.PathLike[str], least: int = 1) -> ClassFolder
 class FolderImages(ImageSet):
     """Images that are decoded whenever they are read, as `read_image` does."""
 
-    SAMPLE = 1024
-    """Images whose colours are looked at, where there are more."""
-
     def __init__(self, found: ClassFolders, size: int) -> None:
         super().__init__(found.folder.name, found.classes, found.labels, size)
         self.found = found
@@ -191,38 +187,6 @@ class FolderImages(ImageSet):
     def file_name(self, index: int) -> str:
         """The image's path in the folder."""
         return self.found.files[index]
-
-    def statistics(self, indices: Tensor | None = None) -> Statistics:
-        """Of all the images, or, where they are many, of `SAMPLE` spread evenly among them."""
-        chosen = torch.arange(len(self)) if indices is None else indices
-        if len(chosen) > self.SAMPLE:
-            chosen = chosen[torch.linspace(0, len(chosen) - 1, self.SAMPLE, dtype=torch.float64).long()]
-        sums = ColourSums.none()
-        for part in chosen.split(16):
-            sums += ColourSums.of(self.read(part))
-        return sums.statistics()
-
-
-def image_folder(folder: str | os.PathLike[str], size: int = 128, *, progress: bool = False) -> LabelledImages:
-    """Read a folder of class folders: `folder/CLASS/IMAGE`, of any format that Pillow reads.
-
-    Each image is turned upright (EXIF), made RGB, scaled so that its shorter side has `size` pixels, and
-    cropped to its centre. Hidden files are passed over. Memory: 3 * size^2 bytes an image.
-
-    Args:
-        folder: the folder; the names of its folders, sorted, are the classes.
-        size: side of the images in pixels.
-        progress: show a progress bar.
-
-    Raises:
-        DataError: the folder is missing or has fewer than two classes, a class has fewer than two images, or
-            a file is no image (its path is named).
-    """
-    data = FolderImages(class_folders(folder, least=2), size)
-    images = torch.empty(len(data), 3, size, size, dtype=torch.uint8)
-    for index in tqdm(range(len(data)), "reading images", unit="img", disable=not progress):
-        images[index] = data.read(torch.tensor([index]))[0]
-    return LabelledImages(data.name, images, data.labels, data.classes)
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class ColourSums(NamedTuple):
         return Statistics(*(t.float() for t in (mean / 255, std, values, vectors * largest.sign())))
 
 
-class ImageSet:
+class ImageSet(ABC):
     """Images of one size with their classes, read as bytes.
 
     Attributes:
@@ -74,23 +75,32 @@ class ImageSet:
         size: S, side of the images in pixels.
     """
 
+    SAMPLE = 1024
+    """Images whose colours are looked at, where there are more."""
+
     def __init__(self, name: str, classes: tuple[str, ...], labels: Tensor, size: int) -> None:
         self.name, self.classes, self.labels, self.size = name, classes, labels, size
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @abstractmethod
     def read(self, indices: Tensor) -> Tensor:
         """The images at `indices`: (B, 3, S, S), uint8, RGB, of any strides."""
-        raise NotImplementedError
 
     def file_name(self, index: int) -> str:
         """Where image `index` came from."""
         return f"image {index}"
 
     def statistics(self, indices: Tensor | None = None) -> Statistics:
-        """Of the images' colours, or of those at `indices` where they are cheaply had."""
-        raise NotImplementedError
+        """Of the colours of all images or those at `indices`; where they are many, of `SAMPLE` spread among them."""
+        chosen = torch.arange(len(self)) if indices is None else indices
+        if len(chosen) > self.SAMPLE:
+            chosen = chosen[torch.linspace(0, len(chosen) - 1, self.SAMPLE, dtype=torch.float64).long()]
+        sums = ColourSums.none()
+        for part in chosen.split(16):
+            sums += ColourSums.of(self.read(part))
+        return sums.statistics()
 
     def subset(self, indices: Tensor) -> ImageSet:
         """The images at `indices`, in that order."""

@@ -210,19 +210,3 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> Tensor:
     """(classes, classes) int64: row = true class, column = best guess."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
-
-
-class Normalise(nn.Module):
-    """Bytes to network input: scaled to [0, 1], then (x - mean) / std, channel by channel."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean.reshape(-1, 1, 1))
-        self.register_buffer("std", std.reshape(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 -> float32 of the same shape."""
-        return (images.float() / 255 - self.mean) / self.std
