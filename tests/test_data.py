@@ -278,3 +278,15 @@ def test_folders_that_cannot_be_used(tmp_path):
     save(tmp_path / "cat" / "b.png")
     with pytest.raises(DataError, match="dog' holds 0 images"):
         image_folder(tmp_path)
+
+
+def test_the_colours_of_many_images_are_those_of_some_spread_among_them(folder, monkeypatch):
+    """Of 6 images the last 3 are white; of the 2 that are looked at, one is."""
+    for index, path in enumerate(sorted((folder / "cat").iterdir()) + sorted((folder / "dog").iterdir())):
+        Image.new("RGB", (20, 20), "white" if index >= 3 else "black").save(path)
+    data = FolderImages(class_folders(folder), 8)
+    assert data.statistics().mean.tolist() == pytest.approx([0.5] * 3)
+    monkeypatch.setattr(FolderImages, "SAMPLE", 2)
+    assert data.statistics().mean.tolist() == pytest.approx([0.5] * 3)
+    assert data.statistics(torch.tensor([0, 1, 5])).mean.tolist() == pytest.approx([0.5] * 3)
+    assert data.subset(torch.tensor([3, 4, 5])).statistics().mean.tolist() == pytest.approx([1.0] * 3)
