@@ -104,7 +104,7 @@ def unfuse(module: Module) -> Module:
 
 
 def _holds_a_run(sequential: nn.Sequential) -> bool:
-    return any(isinstance(step, (_MapRuns, _LinearRun)) for step in _steps(tuple(_leaves(sequential))))
+    return any(isinstance(step, (_MapRuns, _LinearRun)) for step in _steps(tuple(leaves(sequential))))
 
 
 def _check_module(name: str, module: object) -> None:
@@ -211,21 +211,22 @@ def _plan(sequential: nn.Sequential) -> tuple[Step, ...]:
     Values (weights, strides, p, training or evaluation) are read from the layers at each call, and are no
     part of a plan.
     """
-    leaves = tuple(_leaves(sequential))
+    found = tuple(leaves(sequential))
     if torch.compiler.is_compiling():
-        return _steps(leaves)
-    key = tuple((leaf, type(leaf), _fits(leaf)) for leaf in leaves)
+        return _steps(found)
+    key = tuple((leaf, type(leaf), fits(leaf)) for leaf in found)
     kept = _plans.get(sequential)
     if kept is None or kept[0] != key:
-        kept = _plans[sequential] = (key, _steps(leaves))
+        kept = _plans[sequential] = (key, _steps(found))
     return kept[1]
 
 
-def _leaves(sequential: nn.Module) -> Iterator[nn.Module]:
+def leaves(sequential: nn.Module) -> Iterator[nn.Module]:
+    """The layers that `sequential` is read as: its children, those of plain `nn.Sequential`s in it in their place."""
     for child in sequential._modules.values():
         assert child is not None
         if type(child) in (nn.Sequential, FusedSequential) and _untouched(child):
-            yield from _leaves(child)
+            yield from leaves(child)
         else:
             yield child
 
@@ -245,10 +246,10 @@ def _untouched(module: nn.Module) -> bool:
     )
 
 
-def _fits(module: nn.Module) -> bool:
+def fits(module: nn.Module) -> bool:
     """Whether `module` is a layer of the table, exactly as the table's ops know it."""
-    fits = _LAYERS.get(type(module))
-    return fits is not None and fits(module) and _untouched(module)
+    plain = _LAYERS.get(type(module))
+    return plain is not None and plain(module) and _untouched(module)
 
 
 def _plain_conv(conv: Any) -> bool:
@@ -313,7 +314,7 @@ def _run_at(leaves: tuple[nn.Module, ...], at: int) -> tuple[Any, int]:
 
 def _layer(leaves: tuple[nn.Module, ...], at: int) -> nn.Module | None:
     """Child `at` where it may join a run, else None."""
-    return leaves[at] if at < len(leaves) and _fits(leaves[at]) else None
+    return leaves[at] if at < len(leaves) and fits(leaves[at]) else None
 
 
 # --- feature maps on Triton ---------------------------------------------------------------------------------

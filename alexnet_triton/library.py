@@ -93,6 +93,20 @@ def dropout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, rel
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """The dropout of `dropout_linear` alone, without gradients.
+
+    Args:
+        x: (rows, columns).
+        p: probability of dropping an element.
+    """
+    from alexnet_triton.kernels import random
+
+    with on_device(x):
+        dropped: Tensor = _linear().drop(x, random.seed(x.device), p, 16)
+        return dropped[:, : x.shape[1]]
+
+
 @functools.cache
 def _chain() -> Any:
     """`alexnet_triton.chain`, with tuned configs. Triton is imported here and not before."""

@@ -160,6 +160,28 @@ def dropout_linear(
     return run(x, weight, bias, p if training else 0.0, relu)
 
 
+def dropout_mask(x: Tensor, p: float, shape: Sequence[int]) -> Tensor:
+    """What `dropout_linear` would multiply an input of `shape` by in training, drawn as it draws it.
+
+    For those who have only a part of a batch at a time, or of its features, and drop what the whole batch would: torch's
+    generator of the device advances as it does there.
+
+    Args:
+        x: an input, which says device and dtype, and so the backend.
+        p: probability of dropping an element, in [0, 1].
+        shape: (N, features in).
+
+    Returns:
+        `shape`: 0, or 1 / (1 - p) where an element is kept.
+
+    Raises:
+        RuntimeError: the Triton backend is demanded and cannot run this.
+    """
+    ones = x.new_ones(tuple(shape))
+    draw = library.dropout if takes_triton("dropout_linear", x) else F.dropout
+    return draw(ones, p)
+
+
 def map_chain(x: Tensor, runs: Sequence[Run]) -> Tensor:
     """Convolutions and poolings that follow one another, on the Triton kernels, without a copy between them.
 

@@ -36,7 +36,7 @@ def training(variant: str, workers: int, scale: Scale, device: torch.device) -> 
         from alexnet_triton.recipe.train.checkpoint import Checkpoints
         from alexnet_triton.recipe.train.loop import Training
         from alexnet_triton.recipe.train.settings import Settings
-        from alexnet_triton.recipe.train.world import World
+        from alexnet_triton.parallel.world import World
         from alexnet_triton.recipe.trained import Trained
     except ModuleNotFoundError as error:
         raise Absent(f"{error.name}, which training needs") from None

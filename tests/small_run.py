@@ -25,7 +25,7 @@ from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import Checkpoints
 from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.settings import Settings
-from alexnet_triton.recipe.train.world import World, world
+from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.trained import Trained
 
 CLASSES = tuple("abcd")

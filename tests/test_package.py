@@ -19,7 +19,9 @@ STOREYS = [
     {"ops"},
     {"fusion", "weights", "graphs"},
     {"model"},
-    {"info", "recipe", "bench", "tuning"},
+    {"info"},
+    {"parallel"},
+    {"recipe", "bench", "tuning"},
     {"demo"},
     {"cli", "__main__", "bench.__main__"},
 ]

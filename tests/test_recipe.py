@@ -19,7 +19,7 @@ from alexnet_triton.recipe.data.prepare import prepare
 from alexnet_triton.recipe.train.checkpoint import Checkpoints
 from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.settings import Settings
-from alexnet_triton.recipe.train.world import World
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 

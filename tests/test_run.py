@@ -21,7 +21,7 @@ from alexnet_triton.recipe.train import run as training
 from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.run import Options, crop_of, freeze, images, network
 from alexnet_triton.recipe.train.settings import COLUMNS, History, Settings
-from alexnet_triton.recipe.train.world import World
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 

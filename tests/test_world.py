@@ -13,7 +13,7 @@ import small_run
 import torch
 from small_run import LOOPBACK, program, state, training
 
-from alexnet_triton.recipe.train.world import World, world
+from alexnet_triton.parallel.world import World, world
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 

@@ -32,7 +32,7 @@ from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.rule import Rule
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted, StopSignals
-from alexnet_triton.recipe.train.world import World
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 FLAT_STEPS = 2000

@@ -25,7 +25,7 @@ from alexnet_triton.recipe.train.loop import Training, TrainingError
 from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted
-from alexnet_triton.recipe.train.world import World, world
+from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.trained import SIZE, Trained, load_trained
 from alexnet_triton.variants import VARIANTS
 

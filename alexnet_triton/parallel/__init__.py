@@ -1,0 +1,1 @@
+"""Several processes, or several GPUs of one process, that share a network."""
