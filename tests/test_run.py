@@ -248,14 +248,14 @@ def test_each_process_drops_units_of_its_own_and_judges_images_of_its_own(photog
         raise Begun(torch.initial_seed())
 
     small_network(monkeypatch)
-    monkeypatch.setattr(training, "Training", begun)
+    monkeypatch.setattr(training.Training, "run", begun)
     second = Second(torch.device("cpu"), 1, 2)
     with pytest.raises(Begun, match="^8$"):
         training._run(Options(photographs, size=72, output_dir=tmp_path, settings=Settings(seed=7)), second, False)
     learn = images(Options(photographs, size=72))[0]
     trained = Trained(AlexNet(3, variant="torchvision"), learn.classes, learn.statistics(), 72, 67)
     checkpoint.write(tmp_path / "c.pt", trained.content())
-    monkeypatch.setattr(training, "world", lambda _: nullcontext(second))
+    monkeypatch.setattr(training, "world", lambda *_, **more: nullcontext(second))
     assert training.judge(Options(photographs, resume=str(tmp_path / "c.pt")), progress=False).images == 1  # of 3
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from alexnet_triton.cli.words import (
     INIT_NAMES,
     READERS,
+    SCHEDULE_NAMES,
     VARIANT_NAMES,
     Commands,
     add_variant,
@@ -47,6 +48,7 @@ def add_train(commands: Commands) -> None:
     _add_images(train)
     _add_network(train)
     _add_rule(train)
+    _add_layout(train)
     _add_run(train)
     train.set_defaults(run=_train)
 
@@ -102,6 +104,23 @@ def _add_rule(train: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, metavar="N", help=DEFAULT)
 
 
+def _add_layout(train: argparse.ArgumentParser) -> None:
+    what = (
+        "Started by torchrun, each has the whole network and a part of every batch, unless one of these shares it out."
+    )
+    group = train.add_argument_group("several processes", what)
+    pipeline = f"cut the network into stages, one a process; {DEFAULT}"
+    group.add_argument("--pipeline", type=positive, default=1, metavar="STAGES", help=pipeline)
+    microbatches = f"parts of a batch that go through the stages one behind the other; {DEFAULT}"
+    group.add_argument("--microbatches", type=positive, default=8, metavar="N", help=microbatches)
+    group.add_argument("--schedule", choices=SCHEDULE_NAMES, default="1f1b", help=f"order of their work; {DEFAULT}")
+    cut = "layers that begin a stage, but for the first, as in conv4; default: chosen by time, traffic and memory"
+    group.add_argument("--cut", nargs="+", default=(), metavar="LAYER", help=cut)
+    group.add_argument("--towers", action="store_true", help="half of every layer of variant paper in each of two")
+    hybrid = "convolutions in each, fully connected layers shared out (Krizhevsky 2014)"
+    group.add_argument("--hybrid", action="store_true", help=hybrid)
+
+
 def _add_run(train: argparse.ArgumentParser) -> None:
     group = train.add_argument_group("run")
     group.add_argument("--output-dir", type=Path, default=Path("runs"), metavar="DIR", help=DEFAULT)
@@ -129,6 +148,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from alexnet_triton.parallel.layout import Layout
     from alexnet_triton.recipe.train.memory import keep_freed_memory
     from alexnet_triton.recipe.train.run import Options, judge, run
     from alexnet_triton.recipe.train.settings import Settings
@@ -137,6 +157,7 @@ def _train(options: argparse.Namespace) -> None:
     given = vars(options)
     names = {field.name for field in fields(Settings)} - {"crop"}
     settings = Settings(**{name: given[name] for name in names})
-    names = {field.name for field in fields(Options)} - {"settings"}
-    told = Options(**{name: given[name] for name in names}, settings=settings)
+    layout = Layout(**{field.name: given[field.name] for field in fields(Layout)})
+    names = {field.name for field in fields(Options)} - {"settings", "layout"}
+    told = Options(**{name: given[name] for name in names}, settings=settings, layout=layout)
     (judge if options.test_only else run)(told)

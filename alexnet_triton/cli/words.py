@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 VARIANT_NAMES = ("merged", "paper", "torchvision", "caffe")
 INIT_NAMES = (*VARIANT_NAMES, "kaiming")
+SCHEDULE_NAMES = ("gpipe", "1f1b", "zero-bubble")
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DTYPE_NAMES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 

@@ -22,6 +22,8 @@ class Engine(ABC):
         stream: which of the run's streams of dropout this process draws from; processes of one stream have generators
             of equal state.
         streams: how many there are.
+        first: the convolution that is given the images as they come, for which augmentation may lay them out; None
+            where something is between.
     """
 
     world: World
@@ -29,6 +31,7 @@ class Engine(ABC):
     reads: bool = True
     stream: int
     streams: int
+    first: nn.Conv2d | None = None
 
     # --- work ---------------------------------------------------------------------------------------------------------
 

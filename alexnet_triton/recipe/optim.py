@@ -119,13 +119,25 @@ class KrizhevskySGD(torch.optim.Optimizer):
             ValueError: the parameter is not this optimizer's, or the shapes differ.
         """
         self._own(parameter)
-        if values.shape != parameter.shape:
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} cannot take values of shape {tuple(values.shape)}"
-            )
+        _check_shape(parameter, values)
         if parameter.dtype in HALF:
             self._state_of(parameter)["master"].copy_(values)
         parameter.copy_(values)
+
+    @torch.no_grad()
+    def set_velocity(self, parameter: Tensor, values: Tensor) -> None:
+        """Set a parameter's velocity, as of a run that goes on.
+
+        Args:
+            parameter: one of this optimizer's.
+            values: of the same shape, any dtype and device.
+
+        Raises:
+            ValueError: the parameter is not this optimizer's, or the shapes differ.
+        """
+        self._own(parameter)
+        _check_shape(parameter, values)
+        self._state_of(parameter)["velocity"].copy_(values)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, on any device; the state is copied, and keeps its float32.
@@ -229,6 +241,13 @@ def biases_apart(
 
 
 # --- checks and state ---------------------------------------------------------------------------------------
+
+
+def _check_shape(parameter: Tensor, values: Tensor) -> None:
+    if values.shape != parameter.shape:
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} cannot take values of shape {tuple(values.shape)}"
+        )
 
 
 def _check(group: Mapping[str, Any]) -> None:

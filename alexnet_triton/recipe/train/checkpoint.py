@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 LAST, BEST = "last.pt", "best.pt"
-STATE = {"settings", "run", "history", "step", "right", "rule", "random"}
+STATE = {"settings", "run", "history", "step", "right", "rule", "velocities", "random"}
 """What a checkpoint has under `training`, beside the network."""
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)\.pt")

@@ -12,16 +12,18 @@ import math
 import signal
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, Draws
 from alexnet_triton.recipe.data.loader import Loader
@@ -32,7 +34,6 @@ from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.rule import Rule
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted, StopSignals
-from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 FLAT_STEPS = 2000
@@ -57,6 +58,7 @@ class Training:
         settings: what decides how the run goes.
         checkpoints: where it is written.
         world: the processes that share it.
+        layout: how they hold the network.
         workers: threads that read images.
         print_freq: steps from one look at the loss to the next on a GPU, which is not waited for in between.
         compiled: compile the network with `torch.compile`.
@@ -77,9 +79,12 @@ class Training:
         *,
         workers: int = 2,
         print_freq: int = 10,
+        layout: Layout | None = None,
         compiled: bool = False,
         progress: bool = True,
     ) -> None:
+        if not any(parameter.requires_grad for parameter in trained.model.parameters()):
+            raise ValueError("no parameter is left to train: --freeze leaves none that requires a gradient")
         augment.centre(0, learn.size, settings.crop)  # says what is wrong with a crop
         augment.centre(0, held_out.size, settings.crop)
         self.trained, self.settings, self.world = trained, settings, world
@@ -87,15 +92,15 @@ class Training:
         self.checkpoints = checkpoints
         self.print_freq = 1 if world.device.type == "cpu" else print_freq
         self.progress = progress and world.leads
-        self.model = trained.model.to(world.device)
+        self.model = trained.model
+        self._described = _describe(self.model)  # before the processes share it out
+        layout = layout or Layout()
+        self.engine = layout.engine(self.model, world, settings.batch_size, settings.crop, compiled)
         if world.device.type == "cuda":
-            self.model.to(memory_format=torch.channels_last)  # as the kernels read filters: no copies of them
-        self.rule = Rule(self.model, settings)
-        self.network = _network(self.model, world, compiled)
+            self.engine.module.to(memory_format=torch.channels_last)  # as the kernels read filters: no copies of them
+        self.rule = Rule(self.engine.module, settings)
         dtype = torch.bfloat16 if settings.amp else torch.float32
-        first = self.model.features[0]
-        reads_folded = isinstance(first, nn.Conv2d) and not compiled  # a compiler is to see ordinary tensors
-        self.augment = Augment(trained.statistics, settings.crop, dtype, first if reads_folded else None)
+        self.augment = Augment(trained.statistics, settings.crop, dtype, self.engine.first)
         self.loader = Loader(learn, workers, world.device)
         self.held_out_loader = Loader(held_out, workers, world.device)
         self.history = History()
@@ -114,8 +119,8 @@ class Training:
 
     @property
     def batch(self) -> int:
-        """Images of a step, of all processes together."""
-        return self.settings.batch_size * self.world.size
+        """Images of a step, of all copies of the network together."""
+        return self.settings.batch_size * self.world.replicas
 
     # --- the run ----------------------------------------------------------------------------------------------
 
@@ -180,10 +185,10 @@ class Training:
         batches = torch.arange(len(self.learn)).split(self.batch)
         left = batches[self.step :]
         shares = [self.world.share(batch) for batch in left]
-        self.network.train()
+        self.engine.train()
         done = min(self.step * self.batch, len(self.learn))
         with self._bar(f"epoch {len(self.history.epochs) + 1}/{self.settings.epochs}", self.learn, done) as bar:
-            images = self.loader.batches(order[share] for share in shares)
+            images = self._read(self.loader, [order[share] for share in shares])
             for batch, share, bytes_ in zip(left, shares, images, strict=True):
                 labels = self.learn.labels[order[share]]
                 self._unread.append(self._step(bytes_, labels, draws.at(share), len(batch)))
@@ -191,6 +196,10 @@ class Training:
                 bar.update(len(batch))
                 if self.step % self.print_freq == 0 or self.step == len(batches):
                     self._look(bar)
+
+    def _read(self, loader: Loader, batches: list[Tensor]) -> Iterable[Tensor | None]:
+        """The images of batches; None for each where another process reads them."""
+        return loader.batches(batches) if self.engine.reads else [None] * len(batches)
 
     def _drawn(self, epoch: int) -> tuple[Tensor, Draws]:
         """The order of an epoch's images, and what is drawn for each place in it."""
@@ -200,22 +209,19 @@ class Training:
         draws = augment.draw(len(order), self.learn.size, s.crop, generator, mirror=s.mirror, colour=s.pca_std)
         return order, draws
 
-    def _step(self, images: Tensor, labels: Tensor, draws: Draws, total: int) -> Tensor:
-        """A step on this process's part of a batch of `total` images.
+    def _step(self, images: Tensor | None, labels: Tensor, draws: Draws, total: int) -> Tensor:
+        """A step on this replica's part of a batch of `total` images.
 
         Returns:
-            (2,), on the device: this part's share of the batch's mean loss, and its right guesses.
+            (2,), on the device: what this process counts of the batch's mean loss, and of its right guesses.
         """
         labels = labels.to(self.world.device, non_blocking=True)
-        logits = self.network(self.augment(images, draws)).float()
-        loss = F.cross_entropy(logits, labels, reduction="sum") / total
         self.rule.optimizer.zero_grad(set_to_none=True)
-        (loss * self.world.size).backward()  # gradients are averaged over the processes, and the loss is their sum
+        counted = self.engine.step(None if images is None else self.augment(images, draws), labels, total)
         if self.settings.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
+            self.engine.clip_gradients(self.settings.clip_grad_norm)
         self.rule.optimizer.step()
-        right = logits.argmax(1).eq(labels).sum()
-        return torch.stack([loss.detach(), right.float()])
+        return counted
 
     def _look(self, bar: Any) -> None:
         """Read the steps since the last look, in all processes, and whether one of them is to stop."""
@@ -243,16 +249,18 @@ class Training:
     @torch.no_grad()
     def judge(self) -> tuple[float, float, float]:
         """Mean cross-entropy in nats, and top-1 and top-5 accuracy, of the held-out images, each counted once."""
-        self.model.eval()
+        self.engine.train(False)
         batches = torch.arange(len(self.held_out)).split(self.batch)
         shares = [self.world.share(batch) for batch in batches]
         score = Score.none(len(self.trained.classes), self.world.device)
         with self._bar("held out", self.held_out) as bar:
-            images = self.held_out_loader.batches(shares)
+            images = self._read(self.held_out_loader, shares)
             for number, (batch, share, bytes_) in enumerate(zip(batches, shares, images, strict=True), 1):
                 draws = augment.centre(len(share), self.held_out.size, self.settings.crop)
-                logits = self.model(self.augment(bytes_, draws)).float()
-                score += Score.of(logits.log_softmax(1), self.held_out.labels[share].to(self.world.device))
+                cropped = None if bytes_ is None else self.augment(bytes_, draws)
+                logits = self.engine.logits(cropped, len(share))
+                if logits is not None:
+                    score += Score.of(logits.log_softmax(1), self.held_out.labels[share].to(self.world.device))
                 bar.update(len(batch))
                 if number % self.print_freq == 0 and self._summed([self._asked()])[0][0]:
                     self._leave()
@@ -322,10 +330,12 @@ class Training:
             TrainingError: a parameter is not finite, and nothing was written.
         """
         parameters = self.rule.parameters()
-        if not all(value.isfinite().all() for value in parameters.values()):
+        strange = any(not value.isfinite().all() for value in parameters.values())
+        if self.world.sum(torch.tensor(float(strange), device=self.world.device)):
             raise self._diverged("a parameter is not finite")
         self._seconds()
-        random = self.world.gather(_random_state(self.world.device))
+        streams = dict(self.world.gather((self.engine.stream, _random_state(self.world.device))))
+        parameters, velocities = self.engine.whole(parameters), self.engine.whole(self.rule.velocities())
         if self.world.leads:
             training = {
                 "settings": asdict(self.settings),
@@ -334,7 +344,8 @@ class Training:
                 "step": self.step,
                 "right": self._right,
                 "rule": self.rule.state_dict(),
-                "random": random,
+                "velocities": velocities,
+                "random": [streams[stream] for stream in range(self.engine.streams)],
             }
             content = {**self.trained.content(parameters), "training": training}
             self.checkpoints.save(content, len(self.history.step_loss), best)
@@ -351,7 +362,7 @@ class Training:
             CheckpointError: the checkpoint is of another run: other settings, network, images or processes.
         """
         training = content["training"]
-        changed = self._changed(training["run"]) or self.settings.changed(training["settings"])
+        changed = self.settings.changed(training["settings"]) or self._changed(training["run"])
         if not changed and not _alike(content, self.trained.statistics):
             changed = "the colours that the input is normalised by were others"
         if changed:
@@ -359,11 +370,12 @@ class Training:
                 f"{name} is of a run that was told otherwise ({changed}): resume it as it was started, or start "
                 "another with --init-from"
             )
-        self.rule.set_parameters(content["model"])
+        self.rule.set_parameters(self.engine.part(content["model"]))
+        self.rule.set_velocities(self.engine.part(training["velocities"]))
         self.rule.load_state_dict(training["rule"])
         self.history = History(**training["history"])
         self.step, self._right = training["step"], training["right"]
-        _set_random_state(training["random"][self.world.rank], self.world.device)
+        _set_random_state(training["random"][self.engine.stream], self.world.device)
 
     def _changed(self, before: dict[str, Any]) -> str | None:
         """What is not as in `before`, in words."""
@@ -374,16 +386,14 @@ class Training:
 
     def _description(self) -> dict[str, Any]:
         """What must be the same when the run goes on, beside its settings."""
-        model = self.model
         return {
-            "variant": model.variant,
+            **self._described,
             "classes": list(self.trained.classes),
             "images to learn from": len(self.learn),
             "images held out": len(self.held_out),
             "size of the images": self.learn.size,
-            "processes": self.world.size,
-            "dropout": [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)],
-            "frozen parameters": [name for name, p in model.named_parameters() if not p.requires_grad],
+            "images of a step": self.batch,
+            "streams of dropout": self.engine.streams,
         }
 
     def _seconds(self) -> float:
@@ -393,11 +403,13 @@ class Training:
         return self.history.seconds
 
 
-def _network(model: nn.Module, world: World, compiled: bool) -> nn.Module:
-    network: Any = torch.compile(model) if compiled else model
-    if world.size == 1:
-        return network
-    return DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
+def _describe(model: AlexNet) -> dict[str, Any]:
+    """What must be the same of the network when the run goes on."""
+    return {
+        "variant": model.variant,
+        "dropout": [layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)],
+        "frozen parameters": [name for name, p in model.named_parameters() if not p.requires_grad],
+    }
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

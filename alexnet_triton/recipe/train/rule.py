@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from alexnet_triton.model import AlexNet
 from alexnet_triton.recipe.optim import KrizhevskySGD, biases_apart
 from alexnet_triton.recipe.train.settings import Settings
 
@@ -23,26 +23,21 @@ class Rule:
     In mixed precision the network's parameters are bfloat16 copies of those in float32 that the rule updates.
 
     Args:
-        model: in float32; in mixed precision it is converted in place. Parameters that require no gradient are left
-            as they are.
+        model: the network, or the part of it that this process has, in float32; in mixed precision it is converted in
+            place. Parameters that require no gradient are left as they are.
         settings: of the run.
-
-    Raises:
-        ValueError: no parameter requires a gradient.
     """
 
-    def __init__(self, model: AlexNet, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model = model
         exact = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("no parameter is left to train: --freeze leaves none that requires a gradient")
         if settings.amp:
             model.to(torch.bfloat16)
         self._frozen = {name: exact[name] for name, p in model.named_parameters() if not p.requires_grad}
         groups = biases_apart(model, settings.lr, settings.weight_decay, settings.bias_lr, settings.bias_decay)
         for group in groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        groups = [group for group in groups if group["params"]]
+        groups = [group for group in groups if group["params"]] or [{"params": []}]  # a frozen stage has none
         self.optimizer = KrizhevskySGD(groups, settings.lr, settings.momentum, settings.weight_decay)
         self.set_parameters(exact)
         self.scheduler = _scheduler(self.optimizer, settings)
@@ -54,7 +49,7 @@ class Rule:
             for name, p in self.model.named_parameters()
         }
 
-    def set_parameters(self, values: dict[str, Tensor]) -> None:
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
         """Set every parameter, by name; those of the network are rounded where they are in bfloat16."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -78,13 +73,27 @@ class Rule:
         """The learning rate of the moment."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def velocities(self) -> dict[str, Tensor]:
+        """The velocity of every parameter that has been updated, by name."""
+        state = self.optimizer.state
+        return {
+            name: state[p]["velocity"] for name, p in self.model.named_parameters() if "velocity" in state.get(p, {})
+        }
+
+    def set_velocities(self, values: Mapping[str, Tensor]) -> None:
+        """Set velocities, by parameter name."""
+        for name, parameter in self.model.named_parameters():
+            if name in values:
+                self.optimizer.set_velocity(parameter, values[name])
+
     def state_dict(self) -> dict[str, Any]:
-        """Velocities, schedule, and the float32 parameters, which `parameters` gives too."""
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        """The rate and its schedule: what beside parameters and velocities decides how the run goes on."""
+        return {"lr": self.lr, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = state["lr"]
         self.scheduler.load_state_dict(state["scheduler"])
 
 

@@ -13,6 +13,8 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data import sources
 from alexnet_triton.recipe.data.loader import Loader, readers
@@ -25,7 +27,6 @@ from alexnet_triton.recipe.train.loop import Training, TrainingError
 from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted
-from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.trained import SIZE, Trained, load_trained
 from alexnet_triton.variants import VARIANTS
 
@@ -60,6 +61,8 @@ class Options:
     print_freq: int = 10
     keep: int = 3
     compiled: bool = False
+    layout: Layout = field(default_factory=Layout)
+    """How several processes hold the network."""
     device: str | None = None
     settings: Settings = field(default_factory=Settings)
     """Its `crop` is decided here."""
@@ -75,7 +78,7 @@ def run(options: Options, *, progress: bool = True) -> History:
         TrainingError: training cannot go on.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint has been written.
     """
-    with world(options.device) as here:
+    with world(options.device, per_replica=options.layout.per_replica) as here:
         try:
             return _run(options, here, progress)
         except (TrainingError, Interrupted) as error:
@@ -92,7 +95,6 @@ def _run(options: Options, here: World, progress: bool) -> History:
     settings = replace(options.settings, crop=trained.crop)
     freeze(trained.model, options.freeze)
     with _folder(options, here) as (checkpoints, found):
-        torch.manual_seed(options.settings.seed + here.rank)  # each process drops units of its own
         training = Training(
             trained,
             learn,
@@ -102,9 +104,11 @@ def _run(options: Options, here: World, progress: bool) -> History:
             here,
             workers=options.workers,
             print_freq=options.print_freq,
+            layout=options.layout,
             compiled=options.compiled,
             progress=progress,
         )
+        torch.manual_seed(options.settings.seed + training.engine.stream)
         if found is not None:
             training.resume(found.content, repr(str(found.path)))
         if here.leads:
