@@ -25,6 +25,7 @@ from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import Checkpoints
 from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.settings import Settings
+from alexnet_triton.parallel.layout import Layout
 from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.trained import Trained
 
@@ -44,13 +45,13 @@ def patterns(count=22, seed=0):
     return LabelledImages("patterns", noise.to(torch.uint8), labels, CLASSES)
 
 
-def network(dropout=0.5, seed=0):
+def network(dropout=0.5, seed=0, variant="torchvision"):
     """AlexNet with 8 filters a layer and 16 units."""
     torch.manual_seed(seed)
-    model = AlexNet(4, dropout, variant="torchvision", device="meta")
+    model = AlexNet(4, dropout, variant=variant, device="meta")
     for index, depth in ((0, 3), (3, 8), (6, 8), (8, 8), (10, 8)):
         old = model.features[index]
-        model.features[index] = nn.Conv2d(depth, 8, old.kernel_size, old.stride, old.padding)
+        model.features[index] = nn.Conv2d(depth, 8, old.kernel_size, old.stride, old.padding, groups=old.groups)
     for index, width in ((1, 8 * 36), (4, 16)):
         model.classifier[index] = nn.Linear(width, 16)
     model.classifier[6] = nn.Linear(16, 4)
@@ -61,7 +62,9 @@ def network(dropout=0.5, seed=0):
     return model
 
 
-def training(folder, model=None, here=None, learn=None, held_out=None, workers=2, keep=3, images=22, **settings):
+def training(
+    folder, model=None, here=None, learn=None, held_out=None, workers=2, keep=3, images=22, layout=None, **settings
+):
     """A run, not begun."""
     told = Settings(**{"epochs": 3, "batch_size": 8, "lr": 0.02, "crop": CROP, **settings})
     learn = learn or patterns(images)
@@ -69,7 +72,8 @@ def training(folder, model=None, here=None, learn=None, held_out=None, workers=2
     trained = Trained(model or network(), CLASSES, learn.statistics(), SIZE, CROP)
     here = here or World(torch.device("cpu"))
     held_out = held_out or patterns(10, seed=1)
-    return Training(trained, learn, held_out, told, Checkpoints(folder, keep), here, workers=workers, progress=False)
+    checkpoints, layout = Checkpoints(folder, keep), Layout(**(layout or {}))
+    return Training(trained, learn, held_out, told, checkpoints, here, workers=workers, layout=layout, progress=False)
 
 
 def resumed(folder, **more):
@@ -129,11 +133,10 @@ def run(folder, told):
     """Train as the settings say, from the newest checkpoint where there is one."""
     told = dict(told)
     torch.set_num_threads(1)
-    dropout = told.pop("dropout", 0.5)
-    with world("cpu") as here:
-        model = network(dropout)
-        torch.manual_seed(100 + here.rank)
-        run = training(folder, model, here, **told)
+    dropout, variant = told.pop("dropout", 0.5), told.pop("variant", "torchvision")
+    with world("cpu", per_replica=Layout(**told.get("layout", {})).per_replica) as here:
+        run = training(folder, network(dropout, variant=variant), here, **told)
+        torch.manual_seed(100 + run.engine.stream)
         if here.leads:
             run.checkpoints.clear_temporary()
         newest = run.checkpoints.newest()
@@ -173,6 +176,12 @@ def run_and_stop(folder, told, processes):
 def run_together(folder, told, processes):
     """The same run by several processes."""
     wait(together(folder, told, processes))
+
+
+def run_each_together(folder, runs):
+    """Runs by several processes, one after the other: by name, what they are told and how many process them."""
+    for name, (told, processes) in runs.items():
+        wait(together(folder / name, told, processes))
 
 
 def together(folder, told, processes):

@@ -24,6 +24,7 @@ class Engine(ABC):
         streams: how many there are.
         first: the convolution that is given the images as they come, for which augmentation may lay them out; None
             where something is between.
+        description: how the processes share the network, in a few words; empty where each has all of it.
     """
 
     world: World
@@ -32,6 +33,7 @@ class Engine(ABC):
     stream: int
     streams: int
     first: nn.Conv2d | None = None
+    description: str = ""
 
     # --- work ---------------------------------------------------------------------------------------------------------
 

@@ -84,10 +84,6 @@ class Layout:
                 schedule=self.schedule,
                 at=self.cut or "auto",
             )
-        if self.towers:
-            from alexnet_triton.parallel.towers import TowersEngine
+        from alexnet_triton.parallel.shared import HybridEngine, TowersEngine
 
-            return TowersEngine(model, world)
-        from alexnet_triton.parallel.hybrid import HybridEngine
-
-        return HybridEngine(model, world)
+        return TowersEngine(model, world) if self.towers else HybridEngine(model, world)

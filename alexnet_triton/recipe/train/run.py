@@ -314,6 +314,7 @@ def _announce(training: Training, options: Options, resumed: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"AlexNet ({model.variant}), {parameters:,} parameters to train, on {t.world.device}{others}"
+        f"{', ' if t.engine.description else ''}{t.engine.description}"
         f"{', mixed precision' if t.settings.amp else ''}\n"
         f"{len(t.learn):,} images to learn from, {len(t.held_out):,} held out, {len(t.trained.classes)} classes; "
         f"{t.learn.size}x{t.learn.size} pixels, cropped to {t.settings.crop}x{t.settings.crop}\n"
