@@ -183,6 +183,8 @@ def _codes(children):
 
 
 if __name__ == "__main__":
-    import torch.distributed  # noqa: F401  (before the first fork)
+    # Before the first fork: what each process would import by itself, a second each, as soon as it makes a model.
+    import torch._dynamo
+    import torch.distributed.tensor  # noqa: F401
 
     serve()
