@@ -1,6 +1,7 @@
 """Orders of work against torch's own, and the simulation against what must hold for every schedule."""
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -216,7 +217,7 @@ def test_every_timeline_keeps_to_its_order_and_its_dependencies(blocking):
         for process, actions in enumerate(order(schedule, stages, microbatches)):
             blocks = timeline.of(process)
             assert [Action(b.kind, b.stage, b.microbatch) for b in blocks] == actions
-            assert all(a.end <= b.start for a, b in zip(blocks, blocks[1:], strict=False))
+            assert all(a.end <= b.start for a, b in pairwise(blocks))
         for block in timeline.blocks:
             action = Action(block.kind, block.stage, block.microbatch)
             assert block.end - block.start == pytest.approx(seconds(action))

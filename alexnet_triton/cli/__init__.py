@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from alexnet_triton.cli import measure, prepare, scale, train, use
+from alexnet_triton.cli import measure, pipeline, prepare, scale, train, use
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_plot(commands)
     measure.add_autotune(commands)
     measure.add_inspect(commands)
+    pipeline.add_pipeline(commands)
     scale.add_scale(commands)
     return parser
 
