@@ -249,7 +249,7 @@ def best_cuts(
 
     Every choice is simulated that could be the best one. Time of the stages and traffic over the cuts are in the
     simulation. Of the cuts whose step takes at most `GOOD_ENOUGH` times the shortest, the one is taken whose fullest
-    stage needs the least memory.
+    stage needs the least memory; among equals, the one with the shortest step.
 
     Args:
         found: as for `pipeline`.
@@ -281,7 +281,9 @@ def best_cuts(
             break
         good.append(one)
         shortest = min(shortest, one.step)
-    return min((one for one in good if one.step <= GOOD_ENOUGH * shortest), key=lambda one: one.most_memory).at
+    return min(
+        (one for one in good if one.step <= GOOD_ENOUGH * shortest), key=lambda one: (one.most_memory, one.step)
+    ).at
 
 
 def cut_table(

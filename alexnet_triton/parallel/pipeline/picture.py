@@ -120,13 +120,13 @@ def _figure(
     height = 0.55 * len(timeline.processes) + 1.2 + 0.25 * len(heading) + 0.16 * len(notes)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    across = WIDTH - 2.6  # inches of the whole span, beside the names and the idle shares
-    digits = len(str(max(block.microbatch for block in timeline.blocks)))
     for row, process in enumerate(timeline.processes):
         end = unit.per_second * timeline.makespan
         axes.broken_barh([(0, end)], (row - 0.4, 0.8), facecolor=IDLE, linewidth=0)
-        for block in timeline.of(process):
-            _draw_block(axes, block, row, timeline, unit, across, digits)
+        for kind in KINDS:
+            blocks = [block for block in timeline.of(process) if block.kind == kind and block.end > block.start]
+            if blocks:
+                _draw_blocks(axes, kind, blocks, row, timeline, unit)
         idle = f"{timeline.idle(process):.0%} idle"
         axes.annotate(idle, (end, row), (6, 0), textcoords="offset points", va="center", size=8)
     _finish(axes, timeline, unit, rows)
@@ -135,22 +135,25 @@ def _figure(
     return figure
 
 
-def _draw_block(
-    axes: Axes, block: Block, row: int, timeline: Timeline, unit: _Unit, across: float, digits: int
-) -> None:
-    if block.end <= block.start:
-        return
-    style = STYLES[block.kind]
-    left, width = unit.per_second * (block.start - timeline.start), unit.per_second * (block.end - block.start)
-    inches = across * (block.end - block.start) / timeline.makespan
+def _draw_blocks(axes: Axes, kind: str, blocks: Sequence[Block], row: int, timeline: Timeline, unit: _Unit) -> None:
+    """A process's blocks of a kind, with their microbatch's number where the longest number would fit."""
+    style = STYLES[kind]
+    spans = [
+        (unit.per_second * (block.start - timeline.start), unit.per_second * (block.end - block.start))
+        for block in blocks
+    ]
+    across = WIDTH - 2.6  # inches of the whole span, beside the names and the idle shares
+    inches = [across * (block.end - block.start) / timeline.makespan for block in blocks]
     axes.broken_barh(
-        [(left, width)], (row - 0.4, 0.8), facecolor=style.colour, hatch=style.hatch, edgecolor="white",
-        linewidth=0.8 if inches > 0.06 else 0.2,
+        spans, (row - 0.4, 0.8), facecolor=style.colour, hatch=style.hatch, edgecolor="white",
+        linewidth=0.8 if min(inches) > 0.06 else 0.2,
     )  # fmt: skip
-    if inches > 0.08 * digits + 0.05:
-        box = {"boxstyle": "square,pad=0.1", "facecolor": style.colour, "edgecolor": "none"}
-        number = str(block.microbatch)
-        axes.text(left + width / 2, row, number, ha="center", va="center", size=8, color=style.text, bbox=box)
+    digits = len(str(max(block.microbatch for block in timeline.blocks)))
+    box = {"boxstyle": "square,pad=0.1", "facecolor": style.colour, "edgecolor": "none"}
+    for block, (left, width), wide in zip(blocks, spans, inches, strict=True):
+        if wide > 0.08 * digits + 0.05:
+            centre, number = left + width / 2, str(block.microbatch)
+            axes.text(centre, row, number, ha="center", va="center", size=8, color=style.text, bbox=box)
 
 
 def _finish(axes: Axes, timeline: Timeline, unit: _Unit, rows: Sequence[str]) -> None:
