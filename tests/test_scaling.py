@@ -129,7 +129,15 @@ def test_a_layer_without_arithmetic_moves_what_it_reads_writes_and_keeps():
     assert device.backward(layers["fc6"], 2) == 2 * device.forward(layers["fc6"], 2)
 
 
-def test_normalisation_costs_what_it_moves():
+def test_an_update_moves_20_bytes_for_each_parameter():
+    device = model.Device(Job("torchvision", 2), cluster(BYTES))
+    parameters = sum(row.parameters for row in layer_table("torchvision"))
+    assert alone(device.job, cluster(BYTES)).computing == pytest.approx(
+        device.both(device.layers, 2) + 20 * parameters / (machines.COPY_SHARE * 1e12)
+    )
+
+
+def test_normalisation_is_a_layer_of_its_own():
     names = [layer.name for layer in model.layers("paper")]
     assert names[:4] == ["conv1", "features.1.1", "features.2", "conv2"]
 
@@ -263,6 +271,23 @@ def test_a_pipelines_bubble_is_that_of_its_stages():
     for parts in (2, 8, 64):
         expected = (whole + (parts - 1) * slowest) / parts
         assert estimate("pipeline", 2, job, where, microbatches=parts).computing == pytest.approx(expected)
+
+
+def test_stages_update_their_parameters_at_the_same_time():
+    job, where = Job("torchvision", 1, "float32"), cluster(BYTES, inside=1e30)
+    device = model.Device(job, where)
+    cuts = [cut for cut, layer in enumerate(device.layers) if cut and layer.parameters]
+    updates = [max(device.update(device.layers[:cut]), device.update(device.layers[cut:])) for cut in cuts]
+    e = estimate("pipeline", 2, job, where, microbatches=1)
+    assert e.computing == pytest.approx(device.both(device.layers, 2) + min(updates))
+
+
+def test_a_link_that_is_slower_than_the_stages_sets_a_pipelines_pace():
+    smallest = 256 * 4096 * 4  # the hidden layers' outputs
+    e = estimate("pipeline", 2, Job("torchvision", 128, "float32"), cluster(inside=1e3), microbatches=8)
+    assert e.sent == smallest
+    assert e.computing == pytest.approx(7 / 8 * smallest / 1e3, rel=0.01)
+    assert e.waiting == pytest.approx(2 / 8 * smallest / 1e3)  # to the second stage at first, and back at last
 
 
 def test_a_pipeline_reads_its_parameters_for_every_microbatch():
@@ -457,7 +482,7 @@ def test_help_names_what_there_is():
 def test_options_reach_the_model():
     assert "2,000 images/s of one GPU given" in output("--gpus", "1", "--one-gpu", "2000")
     assert re.search(r"^ *1 .* 2,000 +100%", output("--gpus", "1", "--one-gpu", "2000"), re.MULTILINE)
-    assert " images\n" in output("--gpus", "8", "--read", "1")
+    assert re.search(r" 5,090 .* 1\.0 GB/s +images$", output("--gpus", "8", "--read", "1"), re.MULTILINE)
     text = output("--gpus", "4", "--card", "p40", "--dtype", "fp32", "--gpus-per-machine", "2", "--network", "56")
     assert "float32, 128 images a GPU" in text
     assert "Tesla P40, 2 a machine on pcie3, 56 Gb/s a machine" in text

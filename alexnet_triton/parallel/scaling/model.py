@@ -279,11 +279,7 @@ def _hybrid(gpus: int, device: Device, cluster: Cluster, group: int) -> Parts:
         raise ValueError(f"groups of {group} do not divide {gpus} GPUs: take another group size")
     batch, together = device.job.batch, group * device.job.batch
     split, copied = device.linear, device.convolutions
-    gathered = [together * number * device.job.itemsize for number in _gathered(split)]
-    moved = [
-        *gathered,
-        *gathered[:-1],
-    ]  # backward sums and scatters the gradients of what was gathered; of the logits none
+    moved = _moved(device, together)
     shared = device.gradients(split)
     between = cluster.all_reduce(shared, gpus, group)
     backward = [(device.backward(layer, batch), device.gradients([layer])) for layer in reversed(copied)]
@@ -307,17 +303,21 @@ def _towers(gpus: int, device: Device, cluster: Cluster) -> Parts:
         raise ValueError(f"two towers need an even number of GPUs, got {gpus}")
     images = 2 * device.job.batch
     conv3 = next(layer for layer in device.layers if layer.name == "conv3")
-    gathered = [images * number * device.job.itemsize for number in (conv3.inputs, *_gathered(device.linear))]
-    moved = [*gathered, *gathered[:-1]]
+    moved = _moved(device, images, conv3.inputs)
     summed = device.gradients(device.layers)
     waiting = sum(cluster.gather(size, 2) for size in moved) + cluster.all_reduce(summed, gpus, 2)
     computing = device.both(device.layers, images, 1 / 2) + device.update(device.layers, 1 / 2)
     return computing, waiting, sum(moved) / 2 + 2 * (gpus - 2) / gpus * summed / 2
 
 
-def _gathered(linear: Sequence[Layer]) -> list[int]:
-    """Numbers of an image that are gathered around the fully connected layers: what each reads, and the logits."""
-    return [*(layer.inputs for layer in linear), linear[-1].outputs]
+def _moved(device: Device, images: int, *before: int) -> list[int]:
+    """Bytes that are gathered, and in backward summed and scattered.
+
+    Of an image these are so many numbers `before` the fully connected layers, what each of those reads, and the logits,
+    whose gradient every GPU has.
+    """
+    read = [*before, *(layer.inputs for layer in device.linear)]
+    return [images * number * device.job.itemsize for number in (*read, *read, device.linear[-1].outputs)]
 
 
 def alone(job: Job, cluster: Cluster) -> Estimate:
