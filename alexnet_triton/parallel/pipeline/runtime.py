@@ -1,0 +1,172 @@
+"""What torch's schedules run: this process's stage, a microbatch at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import P2POp, ProcessGroup
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
+
+from alexnet_triton.backend import takes_triton
+from alexnet_triton.fusion import FusedSequential, fits
+from alexnet_triton.parallel.pipeline.simulation import Block
+from alexnet_triton.parallel.pipeline.stages import Stage
+
+
+class Runner(PipelineStage):
+    """A stage as torch's schedules call it.
+
+    Args:
+        stage: the layers.
+        number: the stage's, and its process's in `group`.
+        stages: how many there are.
+        device: of the stage.
+        group: the processes that have the stages, in order.
+        size: images of a microbatch.
+        halves: whether the gradients of input and of parameters are computed apart, where the schedule does so. Else
+            both are computed at the input's turn.
+        blocks: takes the times of what runs, where they are wanted. On a GPU each block is then waited for, and so is
+            all before it.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        number: int,
+        stages: int,
+        device: torch.device,
+        group: ProcessGroup,
+        *,
+        size: int,
+        halves: bool,
+        blocks: list[Block] | None,
+    ) -> None:
+        super().__init__(
+            stage, number, stages, device, group=group, dw_builder=None if halves else lambda: _nothing_left
+        )  # fmt: skip
+        self._size, self._blocks = size, blocks
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one microbatch."""
+        self.submod.first_row = fwd_chunk_id * self._size  # type: ignore[assignment]
+        with self._timed("F", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+        """The stage's forward, which gives memory of its own: torch detaches a stage's output in place."""
+        output = super().forward_maybe_with_nosync(*args, **kwargs)
+        is_input = any(output is argument for argument in args)
+        return output.clone() if is_input or output._is_view() else output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Backward of one microbatch, or the first half of it."""
+        kind = "B" if kwargs.get("full_backward", True) else "I"
+        with self._timed(kind, bwd_chunk_id), without_autocast(self.device):
+            return super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """The other half."""
+        with self._timed("W", bwd_chunk_id), without_autocast(self.device):
+            return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    # Memory is sent as it lies. A map that is channels-last would arrive in another order, where torch's buffer for it
+    # is contiguous (2.11), or not be sent at all (gloo); so all that travels is contiguous, at both ends.
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        """What the next stage is sent."""
+        return _contiguous(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        """What the stage before is sent."""
+        return _contiguous(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        """What comes from the stage before."""
+        _make_contiguous(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        """What comes from the next stage."""
+        _make_contiguous(self.grad_recv_info.get(bwd_chunk_id, ()))
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    @contextmanager
+    def _timed(self, kind: str, microbatch: int) -> Iterator[None]:
+        if self._blocks is None:
+            yield
+            return
+        start = self._now()
+        yield
+        self._blocks.append(Block(self.group_rank, self.stage_index, kind, microbatch, start, self._now()))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()  # of the machine on Linux, and so comparable between processes
+
+
+def schedule_of(name: str, runner: Runner, microbatches: int, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """A schedule of `schedules.SCHEDULES` as torch runs it, one stage a process.
+
+    Args:
+        name: the schedule's.
+        runner: this process's stage.
+        microbatches: of a step.
+        loss: of a microbatch's logits and labels; losses and gradients are summed over microbatches.
+    """
+    if name == "zero-bubble":
+        return ScheduleInterleavedZeroBubble([runner], microbatches, loss_fn=loss, scale_grads=False)
+    kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[name]
+    return kind(runner, microbatches, loss_fn=loss, scale_grads=False)
+
+
+def forward_only(runner: Runner, microbatches: int) -> ScheduleGPipe:
+    """A schedule of forward passes alone."""
+    return ScheduleGPipe(runner, microbatches)
+
+
+def comes_in_halves(stage: Stage, device: torch.device, learns_before: bool) -> bool:
+    """Whether torch gets a stage's gradients of inputs and of parameters apart, right and without doing work twice.
+
+    It does so by cutting the graph at the layers that have parameters. A fused op on Triton is one node there, which
+    would compute all its gradients both times. An input that requires no gradient is no place to begin at. And what
+    layers other than the table's (`alexnet_triton.fusion`) have in their graphs is not known.
+
+    Args:
+        stage: the layers.
+        device: of the stage.
+        learns_before: whether a stage before this one has a parameter that requires a gradient.
+    """
+    known = all(
+        fits(layer) or type(layer) in (Stage, nn.Sequential, FusedSequential, nn.AdaptiveAvgPool2d, nn.Identity)
+        for layer in stage.modules()
+    )
+    dtype = next((parameter.dtype for parameter in stage.parameters()), torch.float32)
+    return learns_before and known and not takes_triton("conv2d_relu", torch.empty(0, device=device, dtype=dtype))
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Backward passes have the dtypes of the forward pass, and no others."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _nothing_left() -> None:
+    """The gradients of the parameters, where those have been computed with the input's."""
+
+
+def _contiguous(sends: list[P2POp]) -> list[P2POp]:
+    for send in sends:
+        send.tensor = send.tensor.detach().contiguous()
+    return sends
+
+
+def _make_contiguous(receives: Iterable[Any]) -> None:
+    for received in receives:
+        buffer = getattr(received, "buffer", None)
+        if buffer is not None and not buffer.is_contiguous():
+            received.buffer = torch.empty_like(buffer, memory_format=torch.contiguous_format)
