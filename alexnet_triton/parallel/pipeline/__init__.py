@@ -1,5 +1,6 @@
 """The network over several devices in stages, microbatches one behind the other."""
 
+from alexnet_triton.parallel.pipeline.local import LocalPipeline
 from alexnet_triton.parallel.pipeline.stages import Stage, load_whole_state_dict, split, whole_state_dict
 
-__all__ = ["split", "Stage", "whole_state_dict", "load_whole_state_dict"]
+__all__ = ["split", "Stage", "whole_state_dict", "load_whole_state_dict", "LocalPipeline"]

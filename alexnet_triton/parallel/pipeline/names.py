@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from alexnet_triton.fusion import FusedSequential
+from alexnet_triton.fusion import FusedSequential, leaves
 from alexnet_triton.info import NAMES
 from alexnet_triton.model import AlexNet
 
@@ -31,7 +31,8 @@ def layer_names(model: AlexNet) -> tuple[str, ...]:
     names: list[str] = []
     for part in PARTS:
         module = getattr(model, part)
-        divisible = type(module) in (nn.Sequential, FusedSequential)
+        # One with hooks is called whole, as a leaf is.
+        divisible = type(module) in (nn.Sequential, FusedSequential) and [*leaves(nn.Sequential(module))] != [module]
         names += [f"{part}.{child}" for child in module._modules] if divisible and len(module) else [part]
     return tuple(names)
 

@@ -173,26 +173,27 @@ def load_whole_state_dict(stages: Sequence[Stage], state_dict: Mapping[str, Any]
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-def dropouts(model: AlexNet, image_size: int | None = None) -> list[Dropped]:
+def dropouts(network: AlexNet | Sequence[Stage], image_size: int | None = None) -> list[Dropped]:
     """The layers of dropout that a batch in parts drops by whole masks, in order of execution.
 
-    Those are plain `nn.Dropout`s in the model's sequences. One with hooks, or of another type, is called as it is, and
-    draws for the part of the batch that it sees.
+    Those are plain `nn.Dropout`s in the network's sequences. One with hooks, or of another type, is called as it is,
+    and draws for the part of the batch that it sees.
 
     Args:
-        model: the network.
+        network: the network, or all its stages in order.
         image_size: side of the images, in pixels; None is the variant's own. Nothing is computed: shapes alone travel.
     """
+    modules = [network] if isinstance(network, AlexNet) else list(network)
     found: list[nn.Module] = []
-    for part in PARTS:
-        module = getattr(model, part)
-        found += leaves(module) if type(module) in (nn.Sequential, FusedSequential) else [module]
+    for part in (getattr(module, name) for module in modules for name in PARTS if hasattr(module, name)):
+        found += leaves(part) if type(part) in (nn.Sequential, FusedSequential) else [part]
     before_linear = {
         id(layer): type(following) is nn.Linear and fits(following)
         for layer, following in zip(found, [*found[1:], None], strict=True)
         if type(layer) is nn.Dropout and fits(layer)
     }
-    shapes = _input_shapes(model, [layer for layer in found if id(layer) in before_linear], image_size)
+    side = image_size or VARIANTS[modules[0].variant].image_size
+    shapes = _input_shapes(modules, [layer for layer in found if id(layer) in before_linear], side)
     return [
         Dropped(layer, shapes[id(layer)], before_linear[id(layer)])
         for layer in found
@@ -200,21 +201,21 @@ def dropouts(model: AlexNet, image_size: int | None = None) -> list[Dropped]:
     ]
 
 
-def _input_shapes(model: AlexNet, layers: list[nn.Module], image_size: int | None) -> dict[int, tuple[int, ...]]:
-    """The shapes of what layers are given, for one image."""
+def _input_shapes(modules: Sequence[nn.Module], layers: Sequence[nn.Module], side: int) -> dict[int, tuple[int, ...]]:
+    """The shapes of what layers are given, for one image, where modules are called in turn."""
     shapes: dict[int, tuple[int, ...]] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: shapes.update({id(layer): tuple(inputs[0].shape[1:])}))
         for layer in layers
     ]
-    side = image_size or VARIANTS[model.variant].image_size
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    like = next(iter(tensors.values()))
-    absent = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    dtype = next((parameter.dtype for module in modules for parameter in module.parameters()), torch.float32)
+    x = torch.empty(1, 3, side, side, device="meta", dtype=dtype)
     try:
         with torch.no_grad():
-            images = torch.empty(1, 3, side, side, device="meta", dtype=like.dtype)
-            torch.func.functional_call(model, absent, (images,))
+            for module in modules:
+                tensors = (*module.named_parameters(), *module.named_buffers())
+                absent = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+                x = torch.func.functional_call(module, absent, (x,))
     finally:
         for hook in hooks:
             hook.remove()
