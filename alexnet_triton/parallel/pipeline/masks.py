@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_triton import ops
+from alexnet_triton.fusion import fits
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Masks:
         """Draw the masks of a batch of `rows` images."""
         self._drawn.clear()
         for key, dropped in self.dropouts.items():
-            if dropped.layer.training and dropped.layer.p:
+            if dropped.layer.training and dropped.layer.p and fits(dropped.layer):  # which a hook may have changed
                 before = _state(self.device)
                 like = torch.empty(0, device=self.device, dtype=self._dtypes[key])
                 self._drawn[key] = before, dropped.draw(like, rows)
@@ -68,10 +69,11 @@ class Masks:
     def apply(self, layer: nn.Module, x: Tensor, first: int) -> Tensor:
         """Drop of `x`, the images from number `first` of the batch on, what the batch's mask drops.
 
-        Rows behind the batch's last, which make a part up to its full size, become zeros.
+        Rows behind the batch's last, which make a part up to its full size, become zeros. A layer for which no mask has
+        been drawn is called.
         """
         if id(layer) not in self._drawn:
-            return x
+            return layer(x)  # type: ignore[no-any-return]
         before, mask = self._drawn[id(layer)]
         if mask.dtype != x.dtype:  # as under autocast, at the first batch
             mask = self._draw_again(id(layer), x, before, len(mask))
