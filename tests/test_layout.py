@@ -1,0 +1,66 @@
+"""Training in every layout of processes: a run's numbers do not depend on how the processes hold the network."""
+
+import json
+import os
+
+import pytest
+import small_run
+import torch
+from small_run import program, state, training
+
+from alexnet_triton.parallel.layout import Layout
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
+PIPELINE = {"pipeline": 2, "microbatches": 3}
+TOLD = {"epochs": 2, "lr": 0.01, "clip_grad_norm": 2.0, "bias_lr": 2.0}
+
+
+def of_one_process(folder, told, streams=1):
+    """A run of one process, which draws as the first of those that share it."""
+    told = dict(told)
+    model = small_run.network(told.pop("dropout", 0.5), variant=told.pop("variant", "torchvision"))
+    run = training(folder, model, **told)
+    torch.manual_seed(100)
+    run.run()
+    return state(folder)
+
+
+def assert_equal_but_for_rounding(one, two):
+    for part in ("model", "velocities"):
+        ours, theirs = (run[part] if part == "model" else run["training"][part] for run in (one, two))
+        assert list(ours) == list(theirs)
+        for name, a in ours.items():
+            assert (a - theirs[name]).norm() <= 1e-5 * a.norm() + 1e-8, (part, name)
+    ours, theirs = one["training"], two["training"]
+    assert ours["history"]["step_loss"] == pytest.approx(theirs["history"]["step_loss"], rel=1e-5)
+    for a, b in zip(ours["history"]["epochs"], theirs["history"]["epochs"], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for a, b in zip(ours["random"], theirs["random"], strict=True):
+        assert torch.equal(a["cpu"], b["cpu"])
+
+
+@needs_fork
+def test_a_run_is_that_of_one_process_however_the_network_is_shared(tmp_path):
+    """22 images in batches of 8, the last of 6, dropout included."""
+    runs = {
+        "pipeline": ({**TOLD, "layout": PIPELINE}, 2),
+        "gpipe": ({**TOLD, "layout": {**PIPELINE, "schedule": "gpipe", "cut": ["conv3"]}}, 2),
+        "zero bubble": ({**TOLD, "layout": {**PIPELINE, "schedule": "zero-bubble"}}, 2),
+        "towers": ({**TOLD, "variant": "paper", "layout": {"towers": True}}, 2),
+        "hybrid": ({**TOLD, "batch_size": 4, "layout": {"hybrid": True}}, 2),
+    }
+    program([small_run.__file__, "run_each_together", tmp_path, json.dumps(runs)])
+    alone = of_one_process(tmp_path / "one", TOLD)
+    for name, (told, _) in runs.items():
+        expected = of_one_process(tmp_path / "paper", {**TOLD, "variant": "paper"}) if "variant" in told else alone
+        assert_equal_but_for_rounding(expected, state(tmp_path / name))
+
+
+def test_layouts_that_contradict_themselves_are_refused():
+    for told, message in [
+        ({"towers": True, "hybrid": True}, "--towers and --hybrid are different ways"),
+        ({"pipeline": 0}, "at least 1 stage and 1 microbatch, got 0 and 8"),
+        ({"cut": ("conv3",)}, "add --pipeline STAGES"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Layout(**told)
