@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+from collections.abc import Callable
+from typing import NamedTuple
 
+import groups
 import torch
 import torch.nn.functional as F
 from plain import error
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_triton import AlexNet, use_backend
+from alexnet_triton.parallel.sharded import ShardedNetwork
 from alexnet_triton.recipe.optim import KrizhevskySGD
 
 SIZE = 67
@@ -65,105 +68,121 @@ def worst(found, expected):
     return max((error(found[name], expected[name]) for name in expected), default=0.0)
 
 
-class Run:
-    """A network and its rule, one step after the other.
+class Case(NamedTuple):
+    """A network and what it is given."""
 
-    `share` gives a process its images of a batch.
-    """
+    variant: str = "paper"
+    classes: int = 4
+    dropout: float = 0.5
+    count: int = 5
+    """Images of the batch."""
+    frozen: str = "none"
+    """How the names of parameters begin that require no gradient."""
+    train: bool = True
+    autocast: bool = False
+    steps: int = 3
+    backend: str = "reference"
+    change: Callable[[AlexNet], object] | None = None
+    """What is done to the network before: a function of a module's top level."""
 
-    def __init__(self, module, share=lambda images: images, autocast=False, seed=3):
-        self.module, self.share, self.autocast = module, share, autocast
-        self.optimizer = KrizhevskySGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
-        self.generator = torch.Generator().manual_seed(seed).get_state()
-        self.logits = self.loss = None
-
-    def step(self, images, labels):
-        self.forward_and_backward(images, labels)
-        self.optimizer.step()
-
-    def forward_and_backward(self, images, labels):
-        torch.set_rng_state(self.generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            self.logits = self.module(self.share(images))
-        self.loss = loss_of(self.logits, labels)
-        self.optimizer.zero_grad()
-        self.loss.backward()
-        if hasattr(self.module, "reduce_gradients"):
-            self.module.reduce_gradients()
-        self.generator = torch.get_rng_state()
-
-    def whole(self, named):
-        return self.module.whole(named) if hasattr(self.module, "whole") else named
-
-    def velocities(self):
-        state = self.optimizer.state
-        return {name: state[p]["velocity"] for name, p in self.module.named_parameters() if p in state}
+    def model(self):
+        model = network(self.variant, self.classes, self.dropout).train(self.train)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.frozen))
+        if self.change is not None:
+            self.change(model)
+        return model
 
 
-def compare(rank, size, make, share, cases):
-    """Shared networks beside the same in one process.
+class Outcome(NamedTuple):
+    """What comes of a case; of networks that processes share, what is by name is there in the first process alone."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor
+    norm: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    velocities: dict[str, torch.Tensor]
+    """After the last step, and the weights likewise."""
+    weights: dict[str, torch.Tensor]
+    generator: torch.Tensor
+    """Its state at the end."""
+
+
+def outcome(case, module, share=lambda images: images):
+    """Of a network, which is the case's model or shared by processes: then `share` gives one's part of the images."""
+    shared = isinstance(module, ShardedNetwork)
+    images, labels = batch(case.count, case.classes)
+    rule = KrizhevskySGD([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    torch.manual_seed(3)
+
+    def whole(named):
+        return module.whole(named) if shared else {name: value.clone() for name, value in named.items()}
+
+    def forward_and_backward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+            logits = module(share(images))
+        loss = loss_of(logits, labels)
+        rule.zero_grad()
+        loss.backward()
+        if shared:
+            module.reduce_gradients()
+        return logits.detach().float(), loss.detach()
+
+    with use_backend(case.backend):
+        logits, loss = forward_and_backward()
+        norm = module.grad_norm() if shared else nn.utils.get_total_norm(gradients(module).values())
+        found = whole(gradients(module))
+        for _ in range(case.steps):
+            rule.step()
+            forward_and_backward()
+    velocities = {n: rule.state[p]["velocity"] for n, p in module.named_parameters() if p in rule.state}
+    weights = module.whole_state_dict() if shared else module.state_dict()
+    return Outcome(logits, loss, norm, found, whole(velocities), weights, torch.get_rng_state())
+
+
+def outcomes(rank, size, make, share, cases):
+    """Of networks that processes share.
 
     Args:
         make: from a model to what processes share.
         share: a process's part of the images, from (images, rank, size).
-        cases: what `compare_one` takes, by name.
-
-    Returns:
-        For each case: errors, whether as much was drawn, and logits.
+        cases: by name.
     """
-    return {name: compare_one(make, lambda images: share(images, rank, size), **case) for name, case in cases.items()}
+    return {
+        name: outcome(case, make(case.model()), lambda images: share(images, rank, size))
+        for name, case in cases.items()
+    }
 
 
-def compare_one(
-    make, share, variant="paper", classes=4, dropout=0.5, count=5, frozen="", train=True, autocast=False, steps=3,
-    backend="reference", change=None,
-):  # fmt: skip
-    """One case of `compare`.
-
-    Args:
-        frozen: how the names of parameters begin that require no gradient.
-        change: what the model is changed by before.
-    """
-    model = network(variant, classes, dropout).train(train)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not frozen or not name.startswith(frozen))
-    if change is not None:
-        change(model)
-    images, labels = batch(count, classes)
-    with use_backend(backend):
-        shared = Run(make(copy.deepcopy(model)), share, autocast)
-        alone = Run(model, autocast=autocast)
-        for run in (shared, alone):
-            run.forward_and_backward(images, labels)
-        errors = {
-            "logits": error(shared.logits.float(), alone.logits.float()),
-            "loss": error(shared.loss, alone.loss),
-            "norm": error(shared.module.grad_norm(), nn.utils.get_total_norm(gradients(alone.module).values())),
-        }
-        found, expected = (run.whole(gradients(run.module)) for run in (shared, alone))
-        leads = shared.module.peers.rank == 0
-        errors["gradients"] = worst(found, expected if leads else {})
-        for _ in range(steps):
-            for run in (shared, alone):
-                run.step(images, labels)
-        found, expected = (run.whole(run.velocities()) for run in (shared, alone))
-        errors["velocities"] = worst(found, expected if leads else {})
-        found = shared.module.whole_state_dict()
-        errors["weights"] = worst(found, alone.module.state_dict() if leads else {})
-    return errors, torch.equal(shared.generator, alone.generator), shared.logits.detach()
+@contextlib.contextmanager
+def one_thread():
+    """Compute with one thread, as the processes do: networks so small gain nothing by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def check(results, cases, limit=3e-6, steps_limit=2e-5):
-    """Of `compare`'s answers in all processes: errors within limits, the same draws, and the same logits in each."""
-    for rank, result in enumerate(results):
-        assert result.keys() == cases.keys()
-        for name, (errors, same_draws, logits) in result.items():
-            assert same_draws, (name, rank)
-            assert torch.equal(logits, results[0][name][2]), (name, rank)
-            late = {key: errors[key] for key in ("velocities", "weights")}
-            soon = {key: value for key, value in errors.items() if key not in late}
-            assert max(soon.values()) < limit, (name, rank, soon)
-            assert max(late.values()) < steps_limit, (name, rank, late)
+def check(processes, make, share, cases, limit=3e-6, steps_limit=2e-5):
+    """Share the networks of cases among processes, and demand what comes of them in one process."""
+    results = groups.run(outcomes, processes, make, share, cases)
+    for name, case in cases.items():
+        first, *others = (result[name] for result in results)
+        with one_thread():
+            alone = outcome(case, case.model())
+        errors = {key: error(getattr(first, key), getattr(alone, key)) for key in ("logits", "loss", "norm")}
+        errors["gradients"] = worst(first.gradients, alone.gradients)
+        assert max(errors.values()) < limit, (name, errors)
+        if case.steps:
+            errors = {key: worst(getattr(first, key), getattr(alone, key)) for key in ("velocities", "weights")}
+            assert max(errors.values()) < steps_limit, (name, errors)
+        for other in (*others, alone):
+            assert torch.equal(first.generator, other.generator), f"{name}: the draws differ"
+        for other in others:
+            assert all(map(torch.equal, first[:3], other[:3])), f"{name}: the processes differ"
+            assert not other.gradients
 
 
 SENT = {

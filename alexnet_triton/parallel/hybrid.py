@@ -5,6 +5,10 @@ work. So each process has all convolutions and a share of the batch, and of the 
 outputs and the whole batch, whose activations are gathered before them: scheme (a) of A. Krizhevsky, "One weird trick
 for parallelizing convolutional neural networks", arXiv 1404.5997, section 4. Of the gradients, those of the
 convolutions alone are summed over the processes.
+
+Each of two processes that have 128 images of their own sends 33 MB a step of `"merged"` in float32, and each of eight
+sends 155 MB, since all get the activations of all. Whole copies send 250 MB and 437 MB of gradients, however few the
+images.
 """
 
 from __future__ import annotations
@@ -84,7 +88,7 @@ def hybrid(model: AlexNet, processes: Processes = None) -> Hybrid:
 
     Raises:
         ValueError: the model is no `AlexNet`, its classifier has other layers, a layer before it looks at the batch or
-            draws, or a mesh has several dimensions.
+            draws, or a mesh has several dimensions, or other devices than the model's.
         RuntimeError: this process has joined no others.
 
     Example:

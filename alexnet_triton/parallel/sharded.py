@@ -38,7 +38,7 @@ class Peers:
 
     Raises:
         RuntimeError: this process has joined no others.
-        ValueError: a mesh of several dimensions.
+        ValueError: a mesh of several dimensions, or of other devices than the network's.
     """
 
     def __init__(self, processes: Processes, model: nn.Module) -> None:
@@ -53,6 +53,11 @@ class Peers:
         if processes.ndim != 1:
             raise ValueError(
                 f"a network is shared along one dimension of a mesh, got {processes.ndim}: name one, as mesh['place']"
+            )
+        if processes.device_type != device.type:
+            raise ValueError(
+                f"the network is on {device.type!r} and shared by processes on {processes.device_type!r}: move it with "
+                f".to({processes.device_type!r}) before"
             )
         self.mesh = processes
 
@@ -77,8 +82,8 @@ class Peers:
         return parts[self.rank] if self.rank < len(parts) else whole[:0]
 
     def whole(self, part: Tensor, total: int) -> Tensor:
-        """The tensor that is split along dim 0, of `total` rows, without gradients."""
-        return self._split(part.detach(), 0, total).full_tensor()
+        """The tensor that is split along dim 0, of `total` rows."""
+        return self._split(part, 0, total).full_tensor()
 
     def gather(self, part: Tensor, dim: int, total: int, summed: bool = True) -> Tensor:
         """The tensor that is split along `dim`, in every process.
@@ -229,7 +234,7 @@ class ShardedNetwork(nn.Module):
             parts: this process's, by parameter name, and like its parameters: velocities, as an example.
 
         Returns:
-            The whole tensors in the model's order, in the first process; nothing in others.
+            The whole tensors in the model's order, in the first process, of their own memory; nothing in others.
 
         Raises:
             ValueError: a name is none of the model's.
@@ -239,8 +244,8 @@ class ShardedNetwork(nn.Module):
             raise ValueError(f"the network has no parameter {unknown[0]!r}: it has {', '.join(shapes)}")
         for name, value in shapes.items():
             if name in parts:
-                part = parts[name]
-                whole = self.peers.whole(part, len(value)) if self._is_split(name) else part
+                part = parts[name].detach()
+                whole = self.peers.whole(part, len(value)) if self._is_split(name) else part.clone()
                 if self.peers.rank == 0:
                     found[name] = whole
         return found
@@ -248,7 +253,7 @@ class ShardedNetwork(nn.Module):
     def whole_state_dict(self) -> dict[str, Any]:
         """The whole model's state dict in the first process, nothing in others; all must call it together."""
         state_dict = self.model.state_dict()  # has the variant beside the values
-        found = self.whole({name: value.detach() for name, value in self.state_dict().items()})
+        found = self.whole(self.state_dict())
         state_dict.update(found)
         return state_dict if found else {}
 

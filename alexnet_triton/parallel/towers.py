@@ -76,7 +76,7 @@ def towers(model: AlexNet, processes: Processes = None) -> Towers:
     Raises:
         ValueError: there are more or fewer processes; the model is of another variant (the convolutions of `"merged"`
             and `"torchvision"` have no groups, `"caffe"` normalises across all channels) or has other layers; or a mesh
-            has several dimensions.
+            has several dimensions, or other devices than the model's.
         RuntimeError: this process has joined no other.
 
     Example:
