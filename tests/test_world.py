@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import small_run
 import torch
 from small_run import LOOPBACK, program, state, training
 
-from alexnet_triton.parallel.world import World, world
+from alexnet_triton.parallel.world import World, _backend, world
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 
@@ -49,16 +50,59 @@ def test_a_device_that_cannot_be_used_is_named_in_one_sentence(device, monkeypat
     assert "\n" not in str(caught.value)
 
 
-def test_processes_of_another_launcher_and_more_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(RuntimeError, match="WORLD_SIZE is 2 and RANK is not set: start with torchrun"):
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two' and must be a whole number: start with torchrun, or unset"),
+        ({"RANK": None}, "WORLD_SIZE is 2 and RANK is not set: start with torchrun, or unset WORLD_SIZE"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE is 2 and MASTER_ADDR is not set: start with torchrun"),
+        ({"MASTER_PORT": None}, "WORLD_SIZE is 2 and MASTER_PORT is not set: start with torchrun"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT is '-1' and must be a whole number"),
+        ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE 2: ranks are 0 to 1, one a process"),
+    ],
+)
+def test_an_environment_that_is_not_torchrun_s_is_refused(changed, said, monkeypatch):
+    for name, value in {**TORCHRUN, **changed}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=said):
         world("cpu").__enter__()
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RuntimeError, match="process 1 of this machine finds 1 GPUs: start as many"):
-        world("cuda").__enter__()
+
+
+def test_a_number_of_processes_that_makes_no_whole_copies_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RuntimeError, match="2 processes hold one copy of the network, and 3 are here: start a mult"):
+        world("cpu", per_replica=2).__enter__()
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(RuntimeError, match="2 processes hold one copy of the network, and 1 is here: .*torchrun"):
+        world("cpu", per_replica=2).__enter__()
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("cuda", "nccl"), ("cpu", "gloo")])
+def test_a_pytorch_without_what_processes_talk_by_is_named(kind, backend, monkeypatch):
+    monkeypatch.setattr(f"torch.distributed.is_{backend}_available", lambda: False)
+    with pytest.raises(RuntimeError, match=f"several processes on {kind} talk by {backend}, which this PyTorch was"):
+        _backend(torch.device(kind))
+
+
+def test_a_pytorch_that_was_built_for_one_process_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="this PyTorch was built for one process, and 2 are here"):
+        world("cpu").__enter__()
+
+
+def test_rank_0_that_nobody_serves_for_is_given_up(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    for name, value in {**TORCHRUN, "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=rf"rank 1 cannot reach rank 0 at 127.0.0.1:{port} in 0.005 minutes \(.*ref"):
+        world("cpu", minutes=0.005).__enter__()
 
 
 @dataclass(frozen=True)

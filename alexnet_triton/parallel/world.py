@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from alexnet_triton.parallel.meeting import number, place_in_run, size_of_run, store_of_run
+from alexnet_triton.parallel.watch import SILENCE, Watch
 
 REPLICA, PLACE = "replica", "place"
 """The dimensions of a world's mesh: which copy of the network, and which process of those that hold it."""
@@ -77,22 +79,29 @@ class World:
 
 
 @contextmanager
-def world(device: str | None = None, minutes: float = 10, per_replica: int = 1) -> Iterator[World]:
+def world(
+    device: str | None = None, minutes: float = 10, per_replica: int = 1, silence: float = SILENCE
+) -> Iterator[World]:
     """Join the processes that torchrun has started; without it, this one is alone.
+
+    The processes begin together or not at all, and end together: each learns why another cannot take part, or ended.
 
     Args:
         device: `"cpu"`, `"cuda"` or such; None takes a GPU where there is one. Of several GPUs each process takes the
             one of its local rank.
         minutes: after which a process that waits for another gives up.
         per_replica: processes that hold one copy of the network.
+        silence: seconds without a sign of life after which a process is taken for lost; see `watch`.
 
     Raises:
         RuntimeError: there are fewer GPUs than processes on this machine, the device is unknown or not there, the
-            environment is not torchrun's, PyTorch lacks what the processes would talk by, or their number is no
-            multiple of `per_replica`.
+            environment is not torchrun's, PyTorch lacks what the processes would talk by, their number is no
+            multiple of `per_replica`, or the first of them cannot be reached.
+        ProcessLost: another process cannot take part, or has not come in time; or, in the place of what torch's
+            communication raises, it has ended or failed.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = size_of_run()
     if size % per_replica:
         raise RuntimeError(
             f"{per_replica} processes hold one copy of the network, and {size} {'is' if size == 1 else 'are'} here: "
@@ -101,30 +110,55 @@ def world(device: str | None = None, minutes: float = 10, per_replica: int = 1) 
     if size == 1:
         yield World(_usable(name))
         return
-    if "RANK" not in os.environ:
-        raise RuntimeError(f"WORLD_SIZE is {size} and RANK is not set: start with torchrun, or unset WORLD_SIZE")
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if not dist.is_available():
+        raise RuntimeError(
+            f"this PyTorch was built for one process, and {size} are here: install another, or start one"
+        )
+    place = place_in_run(size)
+    chosen, complaint = torch.device("cpu"), ""
+    try:
+        chosen = _own(name)
+        backend = _backend(chosen)
+    except RuntimeError as error:
+        complaint = str(error)
+    store = store_of_run(place, minutes)
+    with Watch(store, place.rank, size, place.host, 60 * minutes, silence=silence) as watch:
+        watch.meet(chosen.type, complaint)
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=place.rank, world_size=size, timeout=timedelta(minutes=minutes)
+            )  # fmt: skip
+            yield World(chosen, place.rank, size, per_replica)
+            watch.end()
+        except BaseException as error:
+            reason = watch.leave(error)
+            if reason is error:
+                raise
+            raise reason from error
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _own(name: str) -> torch.device:
+    """The device of this process; of GPUs, that of its local rank."""
     if name.startswith("cuda"):
-        if local >= torch.cuda.device_count():
+        local = number("LOCAL_RANK", 0)
+        here, there = max(local + 1, number("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > there:
             raise RuntimeError(
-                f"process {local} of this machine finds {torch.cuda.device_count()} GPUs: start as many processes as "
-                "there are GPUs (--nproc-per-node), or use --device cpu"
+                f"{here} processes are on this machine, and {there} GPU{'s' if there != 1 else ''}: start as many "
+                "processes as there are GPUs (--nproc-per-node), or use --device cpu"
             )
         name = f"cuda:{local}"
         torch.cuda.set_device(name)
-    chosen = _usable(name)
-    backend = _backend(chosen)
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
-    try:
-        yield World(chosen, rank, size, per_replica)
-    finally:
-        dist.destroy_process_group()
+    return _usable(name)
 
 
 def _backend(device: torch.device) -> str:
     """What processes on such devices talk by."""
     name, there = ("nccl", dist.is_nccl_available) if device.type == "cuda" else ("gloo", dist.is_gloo_available)
-    if not dist.is_available() or not there():
+    if not there():
         raise RuntimeError(
             f"several processes on {device.type} talk by {name}, which this PyTorch was built without: install one "
             "that has it, or train in one process"

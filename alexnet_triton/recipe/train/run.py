@@ -14,6 +14,7 @@ from torch import nn
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.watch import ProcessLost
 from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data import sources
@@ -77,14 +78,28 @@ def run(options: Options, *, progress: bool = True) -> History:
         ValueError: options that do not fit together, or are out of their range.
         TrainingError: training cannot go on.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint has been written.
+        ProcessLost: another process of the run has died, hangs or has failed.
     """
-    with world(options.device, per_replica=options.layout.per_replica) as here:
-        try:
-            return _run(options, here, progress)
-        except (TrainingError, Interrupted) as error:
-            if here.leads:
-                raise
-            raise SystemExit(2 if isinstance(error, TrainingError) else 128 + error.signal) from None
+    with _joined(options, options.layout.per_replica) as here:
+        return _run(options, here, progress)
+
+
+@contextmanager
+def _joined(options: Options, per_replica: int = 1) -> Iterator[World]:
+    """The processes of a run; where all end for one reason, one of them says it."""
+    leads = True
+    try:
+        with world(options.device, per_replica=per_replica) as here:
+            leads = here.leads
+            yield here
+    except ProcessLost as error:
+        if error.to_be_said:
+            raise
+        raise SystemExit(2) from None
+    except (TrainingError, Interrupted) as error:
+        if leads:
+            raise
+        raise SystemExit(2 if isinstance(error, TrainingError) else 128 + error.signal) from None
 
 
 def _run(options: Options, here: World, progress: bool) -> History:
@@ -131,7 +146,7 @@ def judge(options: Options, *, progress: bool = True) -> Score:
         source = str(options.output_dir / LAST)
     if source is None:
         raise ValueError("--test-only judges the network of a checkpoint: name it with --resume or --init-from")
-    with world(options.device) as here:
+    with _joined(options) as here:
         trained = load_trained(source, variant=options.variant, device=here.device)
         held_out = images(replace(options, size=options.size or trained.size))[1]
         held_out = trained.labels(of_size(held_out, trained.size))
