@@ -179,7 +179,10 @@ def test_measuring_times_every_direction_and_changes_nothing():
     images = torch.rand(2, 3, 67, 67)
     running = model.features[1][0].running_mean.clone()
     state = torch.get_rng_state()
-    times = measure(model.eval(), images, seconds=0.0)
+    model.train()
+    model.classifier[0].eval()
+    times = measure(model, images, seconds=0.0)
+    assert [module.training for module in (model, model.classifier[0], model.classifier[3])] == [True, False, True]
     found = layers(model, images.shape, Table(times, ROOFS), ROOFS)
     assert set(times) == {(layer.name, direction, 2) for layer in found for direction in layer.works}
     assert all(seconds > 0 for seconds in times.values())

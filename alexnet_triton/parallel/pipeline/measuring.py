@@ -21,8 +21,8 @@ def measure(model: AlexNet, example: Tensor, seconds: float = 0.1) -> dict[tuple
     """Time each layer of this very network, in each direction, on the device where it is.
 
     A layer is called by itself, on what it is given in the network; on Triton it then brings its maps into the kernels'
-    layout and out of it, most of which does not happen inside the network. Parameters, gradients and the state of
-    generators stay what they were.
+    layout and out of it, most of which does not happen inside the network. Parameters, gradients, buffers and the
+    state of generators stay what they were.
 
     Args:
         model: the network, in the mode that is to be timed.
@@ -45,7 +45,7 @@ def measure(model: AlexNet, example: Tensor, seconds: float = 0.1) -> dict[tuple
     devices = [example.device] if example.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         with hooked([run.modules[0][1] for run in runs], note), torch.no_grad():
-            model(example)
+            torch.func.functional_call(model, _copies(model), (example,))
         learns = False
         for run in runs:
             works = run.works(len(example), example.element_size(), learns)
@@ -65,19 +65,25 @@ def _alone(model: AlexNet, run: Run) -> nn.Module:
         first.inplace = False  # type: ignore[assignment]
     parent = type(getattr(model, run.modules[0][0].split(".")[0]))
     sequence = parent if parent is FusedSequential else nn.Sequential
-    return sequence(first, *rest).train(model.training)
+    return sequence(first, *rest)
 
 
 def _prepared(module: nn.Module, x: Tensor, direction: str) -> Callable[[], Any]:
     """One direction of a module; what it needs of the forward pass has been done."""
+    buffers = _copies(module)
     if direction == "forward":
-        return lambda: module(x)
+        return partial(torch.func.functional_call, module, buffers, (x,)) if buffers else partial(module, x)
     of_input = direction == "input gradient"
-    x = x.detach().requires_grad_(of_input)
     values = {name: p.detach() if of_input else p for name, p in module.named_parameters()}
-    y = torch.func.functional_call(module, values, (x,))
+    x = x.detach().requires_grad_(of_input)
+    y = torch.func.functional_call(module, {**values, **buffers}, (x,))
     wanted = [x] if of_input else [p for p in values.values() if p.requires_grad]
     return partial(torch.autograd.grad, y, wanted, torch.ones_like(y), retain_graph=True)
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    """Its buffers, such as running means, to be changed in their place."""
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
 def _median(timed: Callable[[], Any], device: torch.device, seconds: float) -> float:
