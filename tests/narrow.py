@@ -167,7 +167,7 @@ def one_thread():
 
 def check(processes, make, share, cases, limit=3e-6, steps_limit=2e-5):
     """Share the networks of cases among processes, and demand what comes of them in one process."""
-    results = groups.run(outcomes, processes, make, share, cases)
+    results = groups.run(outcomes, processes, make, share, cases, seconds=200)
     for name, case in cases.items():
         first, *others = (result[name] for result in results)
         with one_thread():

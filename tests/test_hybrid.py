@@ -84,6 +84,8 @@ def told_and_asked(rank, size, counts):
         found.append((torch.equal(told, asked), len(told), sorted(sent)))
     with pytest.raises(ValueError, match=f"process {rank} of {size} has 10 images of a batch of 40, got {len(images)}"):
         network(images, batch=40)
+    with pytest.raises(ValueError, match="AlexNet needs a 4-D batch of images"):
+        network(torch.zeros(3, 67, 67))
     return found
 
 

@@ -142,6 +142,8 @@ def without_gradients(rank, size):
     model = narrow.network().eval()
     tower = towers(model)
     images = narrow.batch(3)[0]
+    with pytest.raises(ValueError, match="images of 3 channels"):
+        tower(images[:, :1])
     with torch.inference_mode():
         return error(tower(images), model(images)), tower.training, tower.features.training
 

@@ -45,13 +45,13 @@ class Hybrid(ShardedNetwork):
         Raises:
             ValueError: the images are not this process's share of such a batch, or `AlexNet.forward` would refuse them.
         """
+        self.model._check_images(images)
         counts = self._counts(images) if batch is None else _shares(batch, self.peers.size)
         if counts[self.peers.rank] != len(images):
             raise ValueError(
                 f"process {self.peers.rank} of {self.peers.size} has {counts[self.peers.rank]} images of a batch of "
                 f"{batch}, got {len(images)}: share them by torch.tensor_split, or leave batch out"
             )
-        self.model._check_images(images)
         x = torch.flatten(self.avgpool(self.features(images)), 1)
         return self.classifier(self._gather_rows(x, counts))
 

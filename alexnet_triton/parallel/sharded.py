@@ -49,7 +49,8 @@ class Peers:
                 "torch.distributed.init_process_group"
             )
         if not isinstance(processes, DeviceMesh):
-            processes = DeviceMesh.from_group(processes or dist.group.WORLD, device.type)
+            group: Any = processes or dist.group.WORLD
+            processes = DeviceMesh.from_group(group, device.type)
         if processes.ndim != 1:
             raise ValueError(
                 f"a network is shared along one dimension of a mesh, got {processes.ndim}: name one, as mesh['place']"
@@ -173,6 +174,10 @@ class ShardedNetwork(nn.Module):
         classifier: the linear layers, likewise; parameters are parts of the model's, along dim 0.
     """
 
+    features: nn.Sequential
+    avgpool: nn.Module
+    classifier: nn.Sequential
+
     def __init__(self, model: AlexNet, peers: Peers, split: Callable[[str], bool]) -> None:
         super().__init__()
         self.peers = peers
@@ -211,7 +216,8 @@ class ShardedNetwork(nn.Module):
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole model's gradients, once they are reduced: a number, the same in every process."""
-        parts, copies = [], []
+        parts: list[Tensor] = []
+        copies: list[Tensor] = []
         for name, parameter in self.named_parameters():
             if parameter.grad is not None:
                 (parts if self._is_split(name) else copies).append(parameter.grad)
