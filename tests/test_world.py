@@ -159,12 +159,16 @@ def test_two_processes_are_one_with_the_double_batch_and_stop_and_go_on_together
 
 @needs_fork
 def test_processes_that_have_no_image_of_a_batch_wait_for_those_that_have(tmp_path):
-    """Three processes: 4 images to learn from and 10 held out, so one of each is left for the last batch."""
-    told = {"dropout": 0.0, "epochs": 2, "batch_size": 1, "images": 4}
-    program([small_run.__file__, "run_together", tmp_path / "three", json.dumps(told), "3"])
-    del told["dropout"]
-    training(tmp_path / "one", small_run.network(dropout=0.0), **{**told, "batch_size": 3}).run()
-    assert_equal(tmp_path / "one", tmp_path / "three")
+    """Of 4 images three processes have one each, and one is left; 33 are 5 batches of one process, and 4 of another."""
+    runs = {
+        "three": ({"dropout": 0.0, "epochs": 2, "batch_size": 1, "images": 4}, 3),
+        "two": ({"dropout": 0.0, "epochs": 1, "batch_size": 4, "images": 33}, 2),
+    }
+    program([small_run.__file__, "run_each_together", tmp_path, json.dumps(runs)])
+    for name, (told, processes) in runs.items():
+        told |= {"batch_size": told["batch_size"] * processes}
+        training(tmp_path / "one" / name, small_run.network(told.pop("dropout")), **told).run()
+        assert_equal(tmp_path / "one" / name, tmp_path / name)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="process groups of POSIX")
