@@ -153,6 +153,15 @@ def test_layers_that_a_user_put_in_are_costed_and_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_one_module_in_several_places_is_costed_at_each():
+    model = on_meta("torchvision")
+    expected = costs("torchvision")
+    model.features[5] = model.features[12] = model.features[2]
+    model.features[4] = model.features[7] = model.features[1]
+    model.classifier[3] = model.classifier[0]
+    assert costs("torchvision", model=model) == expected
+
+
 def test_only_an_alexnet_has_a_plan():
     with pytest.raises(ValueError, match="only an AlexNet can be cut into stages, got Sequential"):
         costs(model=nn.Sequential(nn.Linear(3, 3)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alexnet_triton.fusion import FusedSequential
 from alexnet_triton.model import AlexNet
-from alexnet_triton.parallel.pipeline.work import Run, hooked, runs_of
+from alexnet_triton.parallel.pipeline.work import Run, ends, runs_of
 
 
 def measure(model: AlexNet, example: Tensor, seconds: float = 0.1) -> dict[tuple[str, str, int], float]:
@@ -36,23 +36,17 @@ def measure(model: AlexNet, example: Tensor, seconds: float = 0.1) -> dict[tuple
         ValueError: the model is no `AlexNet`, or takes no such images.
     """
     runs = runs_of(model, example.shape)
-    inputs: dict[int, Tensor] = {}
-
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs[id(module)] = given[0]
-
     times: dict[tuple[str, str, int], float] = {}
     devices = [example.device] if example.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
-        with hooked([run.modules[0][1] for run in runs], note), torch.no_grad():
-            torch.func.functional_call(model, _copies(model), (example,))
+        around = ends(runs, lambda: torch.func.functional_call(model, _copies(model), (example,)))
         learns = False
-        for run in runs:
+        for run, (x, _) in zip(runs, around, strict=True):
             works = run.works(len(example), example.element_size(), learns)
             learns |= "weight gradient" in works
             module = _alone(model, run)
             for direction in works:
-                timed = _prepared(module, inputs[id(run.modules[0][1])], direction)
+                timed = _prepared(module, x, direction)
                 times[run.name, direction, len(example)] = _median(timed, example.device, seconds)
     return times
 

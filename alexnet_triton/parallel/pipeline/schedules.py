@@ -240,7 +240,7 @@ def _with_early_receives(orders: Sequence[Sequence[Action]]) -> list[list[Step]]
                 made[process].append(Post(sends=(sent,)))
                 made[sent.stage + (1 if sent.kind == "F" else -1)].append(Post(receives=(sent,)))
                 arrived.add(sent)
-    for process, actions in enumerate(orders):
-        if all_sent := tuple(sent for action in actions for sent in _given(action, stages)):
+    for process, done in enumerate(orders):
+        if all_sent := tuple(sent for action in done for sent in _given(action, stages)):
             made[process].append(Wait(all_sent))
     return made

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -283,16 +282,16 @@ def runs_of(model: AlexNet, shape: Sequence[int]) -> list[Run]:
     before: nn.Module | None = None
     for name in layer_names(model):
         layer = model.get_submodule(name)
-        divisible = type(layer) in (nn.Sequential, FusedSequential) and len(layer._modules)  # type: ignore[arg-type]
+        divisible = type(layer) in (nn.Sequential, FusedSequential) and len(layer._modules)
         for place, module in enumerate(leaves(layer) if divisible else [layer]):
             if before is not None and any(isinstance(before, a) and isinstance(module, b) for a, b in _TOGETHER):
                 runs[-1].modules.append((named[id(module)], module))
             else:
                 runs.append(Run(None if place else name, [(named[id(module)], module)]))
             before = module
-    sizes = _sizes(model, [run.modules for run in runs], shape)
     last = ""
-    for run, (run.input, run.output) in zip(runs, sizes, strict=True):
+    for run, (x, y) in zip(runs, ends(runs, lambda: _without_values(model, shape)), strict=True):
+        run.input, run.output = math.prod(x.shape[1:]), math.prod(y.shape[1:])
         name = next((NAMES[name] for name, _ in run.modules if name in NAMES), "")
         last = name or last
         pools = isinstance(run.main, nn.MaxPool2d) and last.startswith("conv")
@@ -300,31 +299,33 @@ def runs_of(model: AlexNet, shape: Sequence[int]) -> list[Run]:
     return runs
 
 
-def _sizes(
-    model: AlexNet, runs: Sequence[Sequence[tuple[str, nn.Module]]], shape: Sequence[int]
-) -> list[tuple[int, int]]:
-    """The elements of an image's input and output of each run."""
-    seen: dict[int, tuple[int, int]] = {}
+def ends(runs: Sequence[Run], forward: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
+    """What each run is given and gives when `forward` calls their model."""
+    calls: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[id(module)] = math.prod(inputs[0].shape[1:]), math.prod(output.shape[1:])
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((given[0], output))
 
-    with hooked([module for run in runs for _, module in run], note), torch.no_grad():
-        absent = {
-            name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        }
-        images = torch.empty(1, *shape[1:], device="meta", dtype=next(iter(absent.values())).dtype)
-        torch.func.functional_call(model, absent, (images,))
-    return [(seen[id(run[0][1])][0], seen[id(run[-1][1])][1]) for run in runs]
-
-
-@contextmanager
-def hooked(modules: Sequence[nn.Module], hook: Any) -> Iterator[None]:
-    """Forward hooks on modules, for as long as the block lasts."""
-    handles = [module.register_forward_hook(hook) for module in modules]
+    modules = dict.fromkeys(module for run in runs for _, module in run.modules)  # one may stand in several places
+    handles = [module.register_forward_hook(note) for module in modules]
     try:
-        yield
+        with torch.no_grad():
+            forward()
     finally:
         for handle in handles:
             handle.remove()
+    found = []
+    for run in runs:
+        own, calls = calls[: len(run.modules)], calls[len(run.modules) :]
+        found.append((own[0][0], own[-1][1]))
+    return found
+
+
+def _without_values(model: AlexNet, shape: Sequence[int]) -> None:
+    """Call a model where shapes alone travel."""
+    absent = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    images = torch.empty(1, *shape[1:], device="meta", dtype=next(iter(absent.values())).dtype)
+    torch.func.functional_call(model, absent, (images,))
