@@ -56,6 +56,37 @@ def test_a_run_is_that_of_one_process_however_the_network_is_shared(tmp_path):
         assert_equal_but_for_rounding(expected, state(tmp_path / name))
 
 
+@needs_fork
+def test_two_copies_are_two_copies_however_each_is_shared(tmp_path):
+    """Each drops units of its own, and has its own 4 of a batch's 8 images."""
+    told = {**TOLD, "epochs": 1, "batch_size": 4}
+    paper = {**told, "variant": "paper"}
+    runs = {
+        "whole": (told, 2),
+        "pipelines": ({**told, "layout": PIPELINE}, 4),
+        "paper": (paper, 2),
+        "towers": ({**paper, "layout": {"towers": True}}, 4),
+    }
+    program([small_run.__file__, "run_each_together", tmp_path, json.dumps(runs)])
+    whole, pipelines, paper, towers = (state(tmp_path / name) for name in runs)
+    assert len(whole["training"]["random"]) == 2
+    assert not torch.equal(*(stream["cpu"] for stream in whole["training"]["random"]))
+    assert_equal_but_for_rounding(whole, pipelines)
+    assert_equal_but_for_rounding(paper, towers)
+
+
+@needs_fork
+def test_a_run_goes_on_in_another_layout(tmp_path):
+    """One epoch in one process, the second in a pipeline, the third in one process again."""
+    told = {**TOLD, "epochs": 3}
+    expected = of_one_process(tmp_path / "one", told)
+    of_one_process(tmp_path / "changing", {**told, "epochs": 1})
+    for epochs, layout, processes in [(2, PIPELINE, 2), (3, {}, 1)]:
+        words = [small_run.__file__, "run_together", tmp_path / "changing"]
+        program([*words, json.dumps({**told, "epochs": epochs, "layout": layout}), str(processes)])
+    assert_equal_but_for_rounding(expected, state(tmp_path / "changing"))
+
+
 def test_layouts_that_contradict_themselves_are_refused():
     for told, message in [
         ({"towers": True, "hybrid": True}, "--towers and --hybrid are different ways"),

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,15 +69,3 @@ class Replicas(Engine):
     def part(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors themselves."""
         return dict(whole)
-
-
-def sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """Add up the gradients of copies of a module, or of a part of it, over the processes that have one.
-
-    Args:
-        module: whose parameters that are trained have a gradient in every process.
-        group: the processes.
-    """
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
-        work.wait()

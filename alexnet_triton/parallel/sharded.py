@@ -12,7 +12,7 @@ the same, and those of one process, where the generators of all have the same st
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from alexnet_triton.fusion import FusedSequential, leaves
 from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.gradients import sum_gradients
 
 Processes = DeviceMesh | dist.ProcessGroup | None
 """Those that share a network: a mesh of one dimension, a group, or None, which is all."""
@@ -202,17 +203,8 @@ class ShardedNetwork(nn.Module):
 
     def reduce_gradients(self) -> None:
         """Sum over the processes the gradients of the layers of which each has a copy, after the last `backward`."""
-        kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None and not self._is_split(name):
-                kinds[parameter.grad.dtype].append(parameter.grad)
-        # Laid out anew: a process without images may have gradients of another layout.
-        sums = [torch.cat([gradient.reshape(-1) for gradient in kind]) for kind in kinds.values()]
-        work = [dist.all_reduce(values, group=self.peers.group, async_op=True) for values in sums]
-        for kind, values, done in zip(kinds.values(), sums, work, strict=True):
-            done.wait()
-            for gradient, found in zip(kind, values.split([g.numel() for g in kind]), strict=True):
-                gradient.copy_(found.view(gradient.shape))
+        copies = [parameter for name, parameter in self.named_parameters() if not self._is_split(name)]
+        sum_gradients(copies, self.peers.group)
 
     def grad_norm(self) -> Tensor:
         """The norm of the whole model's gradients, once they are reduced: a number, the same in every process."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
+from alexnet_triton.parallel.gradients import sum_gradients
 from alexnet_triton.parallel.hybrid import hybrid
-from alexnet_triton.parallel.replicas import sum_gradients
 from alexnet_triton.parallel.sharded import ShardedNetwork
 from alexnet_triton.parallel.towers import towers
 from alexnet_triton.parallel.world import PLACE, REPLICA, World
@@ -85,7 +85,7 @@ class TowersEngine(SharedEngine):
 
     def _sum_over_replicas(self) -> None:
         if self.world.replicas > 1:
-            sum_gradients(self.module, self._replicas)
+            sum_gradients(self.module.parameters(), self._replicas)
 
     @torch.no_grad()
     def logits(self, images: Tensor | None, count: int) -> Tensor | None:
@@ -113,9 +113,8 @@ class HybridEngine(SharedEngine):
     def _whole_batch(self, images: Tensor, labels: Tensor, total: int) -> tuple[Tensor, Tensor]:
         shares = [len(share) for share in torch.arange(total).tensor_split(self.world.size)]
         own = F.pad(labels, (0, shares[0] - len(labels)))  # the first share is the largest
-        gathered = own.new_empty(self.world.size * shares[0])
-        dist.all_gather_into_tensor(gathered, own)
-        parts = gathered.split(shares[0])
+        parts = [torch.empty_like(own) for _ in shares]
+        dist.all_gather(parts, own)
         return self.module(images, total), torch.cat([part[:n] for part, n in zip(parts, shares, strict=True)])
 
     @torch.no_grad()
