@@ -113,6 +113,12 @@ def test_wrong_devices_are_refused_in_a_sentence(devices, told, said):
         local_of(Case(), devices, **told)
 
 
+def test_a_step_without_gradients_is_refused_in_a_sentence():
+    pipeline = local_of(Case())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a step needs gradients"):
+        pipeline.step(*narrow.batch(3))
+
+
 def test_wrong_stages_and_labels_are_refused_in_a_sentence():
     stages = split(narrow.network(), at="fc6")
     with pytest.raises(ValueError, match="each stage needs a device, got 2 stages and 1 devices"):

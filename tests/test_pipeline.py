@@ -141,6 +141,10 @@ def watch_gradients(model):
     model.classifier[6].register_full_backward_hook(lambda layer, inputs, outputs: (2 * inputs[0],))
 
 
+def watch_pooled_gradients(model):
+    model.avgpool.register_full_backward_hook(lambda layer, inputs, outputs: (2 * inputs[0],))
+
+
 class Twice(nn.Module):
     """x -> tanh(A tanh(A x))."""
 
@@ -232,15 +236,13 @@ def accumulate(engine, model, found):
         F.cross_entropy(model(images), labels).backward()
         return {name: gradient for name, gradient in narrow.gradients(model).items() if name in ours}
 
+    for freeze in (True, False):
+        for network in (engine.model, model):
+            network.features.requires_grad_(not freeze)
+        found["frozen" if freeze else "thawed"] = narrow.worst(gradients(None), expected())
     added = {name: gradient - 1 for name, gradient in gradients(1.0).items()}
     found["added"] = narrow.worst(added, expected())
     found["blocks"] = engine.trace_blocks()
-    for network in (engine.model, model):
-        network.features.requires_grad_(False)
-    found["frozen"] = narrow.worst(gradients(None), expected())
-    for network in (engine.model, model):
-        network.features.requires_grad_(True)
-    found["thawed"] = narrow.worst(gradients(None), expected())
 
 
 def test_an_engine_evaluates_collects_adds_up_and_traces():

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alexnet_triton.backend import current_backend
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
 from alexnet_triton.parallel.pipeline import runtime, schedules
@@ -116,9 +117,11 @@ class PipelineEngine(Engine):
         """The schedule; gives what this process counts."""
         count = accepted(self.schedule, self.world.per_replica, self._microbatches(len(labels)))
         runner, schedule = self._training(count)
-        labels = F.pad(labels.to(self.world.device), (0, count * self.size - len(labels)), value=NO_LABEL)
         losses: list[Tensor] = []
-        told = {"target": labels, "losses": losses} if self._counts else {}
+        told: dict[str, Any] = {}
+        if self._counts:
+            rows = count * self.size - len(labels)
+            told = {"target": F.pad(labels.to(self.world.device), (0, rows), value=NO_LABEL), "losses": losses}
         self.module.masks, self.module.first_row = self._masks, 0
         try:
             logits = schedule.step(*self._given(images, count), **told)
@@ -127,7 +130,8 @@ class PipelineEngine(Engine):
             runner.clear_runtime_states()
         if not self._counts:
             return torch.zeros(2, device=self.world.device)
-        return torch.stack([torch.stack(losses).sum().detach(), logits.argmax(1).eq(labels).sum().float()])
+        right = logits.argmax(1).eq(told["target"]).sum()
+        return torch.stack([torch.stack(losses).sum().detach(), right.float()])
 
     @torch.no_grad()
     def logits(self, images: Tensor | None, count: int) -> Tensor | None:
@@ -169,7 +173,7 @@ class PipelineEngine(Engine):
         for each case.
         """
         learns = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        key = (microbatches, _autocast(self.world.device), learns)
+        key = (microbatches, _autocast(self.world.device), current_backend(), learns)
         if key not in self._prepared:
             before = self.stages[: self.world.place]
             learns_before = any(parameter.requires_grad for stage in before for parameter in stage.parameters())

@@ -99,7 +99,10 @@ class LocalPipeline:
 
         Raises:
             ValueError: not as many labels as images.
+            RuntimeError: gradients are off.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("a step needs gradients, and torch.no_grad() is on: call the pipeline for logits alone")
         if len(images) != len(labels):
             raise ValueError(f"each image needs a label, got {len(images)} images and {len(labels)} labels")
         if self._masks is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -18,11 +18,7 @@ def accepted(schedule: str, stages: int, least: int) -> int:
         stages: of the pipeline.
         least: microbatches, at least 1.
     """
-    for count in range(least, least + 2 * stages):  # `1f1b` wants one a stage, `zero-bubble` equal rounds
-        with suppress(ValueError):
-            schedules.check(schedule, stages, count)
-            return count
-    raise ValueError(f"{schedule} takes no number of microbatches near {least} on {stages} stages")
+    return next(number for number in count(least) if schedules.is_possible(schedule, stages, number))
 
 
 def filled_up(x: Tensor, rows: int) -> Tensor:

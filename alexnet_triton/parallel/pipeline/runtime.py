@@ -134,20 +134,27 @@ def comes_in_halves(stage: Stage, device: torch.device, learns_before: bool) -> 
     """Whether torch gets a stage's gradients of inputs and of parameters apart, right and without doing work twice.
 
     It does so by cutting the graph at the layers that have parameters. A fused op on Triton is one node there, which
-    would compute all its gradients both times. An input that requires no gradient is no place to begin at. And what
-    layers other than the table's (`alexnet_triton.fusion`) have in their graphs is not known.
+    would compute all its gradients both times (and 2.11 cannot cut at such nodes). An input that requires no gradient
+    is no place to begin at: 2.14 then leaves out what follows. And of layers other than the table's
+    (`alexnet_triton.fusion`) the graph is not known; in 2.11 two uses of a parameter give a wrong sum.
 
     Args:
         stage: the layers.
         device: of the stage.
         learns_before: whether a stage before this one has a parameter that requires a gradient.
     """
-    known = all(
-        fits(layer) or type(layer) in (Stage, nn.Sequential, FusedSequential, nn.AdaptiveAvgPool2d, nn.Identity)
-        for layer in stage.modules()
-    )
+    known = all(fits(layer) or (type(layer) in _TRANSPARENT and not _is_hooked(layer)) for layer in stage.modules())
     dtype = next((parameter.dtype for parameter in stage.parameters()), torch.float32)
     return learns_before and known and not takes_triton("conv2d_relu", torch.empty(0, device=device, dtype=dtype))
+
+
+_TRANSPARENT = (Stage, nn.Sequential, FusedSequential, nn.AdaptiveAvgPool2d, nn.Identity)
+"""Modules without parameters of their own."""
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
