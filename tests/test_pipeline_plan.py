@@ -30,7 +30,7 @@ from alexnet_triton.parallel.pipeline.costs import (
 )
 from alexnet_triton.parallel.pipeline.measuring import measure
 from alexnet_triton.parallel.pipeline.picture import draw
-from alexnet_triton.parallel.pipeline.plan import format_plan, make_plan
+from alexnet_triton.parallel.pipeline.plan import draw_plan, format_plan, make_plan
 from alexnet_triton.parallel.pipeline.schedules import SCHEDULES, Action
 from alexnet_triton.parallel.pipeline.simulation import simulate
 from alexnet_triton.parallel.pipeline.work import DIRECTIONS, Roofs, Table, Work, layers
@@ -221,8 +221,11 @@ def test_an_action_takes_what_torch_does_in_it():
     assert last.seconds(Action("B", 1, 3)) == pytest.approx(10.0 + added)
     assert first.seconds(Action("I", 0, 1)) == 0.0
     assert first.seconds(Action("W", 0, 0)) == first.backward == pytest.approx(5 + 9 + 5)
-    _, fused = pipeline(found, ["classifier.3"], 4, "zero-bubble", FREE, apart=False).parts
-    assert fused.seconds(Action("I", 1, 0)) == fused.seconds(Action("W", 1, 0)) == 10.0
+    first, fused = pipeline(found, ["classifier.3"], 4, "zero-bubble", FREE, apart=False).parts
+    assert fused.seconds(Action("I", 1, 0)) == 10.0
+    assert fused.seconds(Action("I", 1, 1)) == pytest.approx(10.0 + added)
+    assert fused.seconds(Action("W", 1, 1)) == first.seconds(Action("I", 0, 1)) == 0.0
+    assert first.seconds(Action("W", 0, 0)) == first.backward
 
 
 def test_traffic_and_step_of_three_stages_by_hand():
@@ -254,8 +257,13 @@ def test_memory_is_of_parameters_and_of_the_microbatches_in_flight():
     found = costs("merged", 4)
     kept = sum(layer.kept for layer in found[:8]), sum(layer.kept for layer in found[8:])
     state = sum(layer.state for layer in found[:8]), sum(layer.state for layer in found[8:])
-    for schedule, held in (("gpipe", (6, 6)), ("1f1b", (2, 1))):
-        made = pipeline(found, ["avgpool"], 6, schedule, FREE)
+    for schedule, apart, held in (
+        ("gpipe", True, (6, 6)),
+        ("1f1b", True, (2, 1)),
+        ("zero-bubble", True, (2, 2)),
+        ("zero-bubble", False, (2, 1)),
+    ):
+        made = pipeline(found, ["avgpool"], 6, schedule, FREE, apart=apart)
         assert [made.memory(0), made.memory(1)] == [s + n * k for s, n, k in zip(state, held, kept, strict=True)]
         assert made.most_memory == max(made.memory(0), made.memory(1))
 
@@ -390,7 +398,7 @@ def test_the_text_fits_80_columns_and_names_every_figure(case):
     assert ("all measured" in flat) == isinstance(case.get("times"), Given)
     assert ("all estimated" in flat) == ("times" not in case)
     assert ("as asked" in flat) == ("at" in case)
-    assert ("backward work twice" in flat) == (plan.chosen.schedule == "zero-bubble" and not plan.whole.apart)
+    assert ("no weight gradient is left" in flat) == (plan.chosen.schedule == "zero-bubble" and not plan.whole.apart)
     for number, part in enumerate(plan.chosen.parts):
         assert re.search(rf"^{number} {part.layers[0].name}.* {part.parameters:,} ", text, re.M)
     for one in plan.single_cuts:
@@ -439,6 +447,13 @@ def test_the_picture_has_a_row_a_stage_its_blocks_and_its_bubble(tmp_path):
     draw(a_timeline(), again, "A $title$", images_per_second=1234.5, rows=["one", "two"], note="A note.")
     assert again.read_bytes() == path.read_bytes()
     assert not list(tmp_path.glob("**/.*"))
+
+
+def test_a_backward_pass_in_one_piece_is_drawn_as_one(tmp_path):
+    for apart, words in ((True, {"backward", "input gradient", "weight gradient"}), (False, {"backward"})):
+        path = draw_plan(plan_of(schedule="zero-bubble", apart=apart), tmp_path / "p.svg")
+        kinds = {"backward", "input gradient", "weight gradient"}
+        assert kinds & set(re.findall(r">([\w ]+)</text>", path.read_text())) == words
 
 
 def test_blocks_too_thin_for_their_number_have_none(tmp_path):

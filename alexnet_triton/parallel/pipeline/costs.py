@@ -57,7 +57,7 @@ class Part:
     layers: tuple[Layer, ...]
     apart: bool = True
     """Whether the layers' ops can compute the gradients of input and of weights one without the other. The fused ops on
-    Triton cannot: asked for one they compute both, and then both again for the other."""
+    Triton compute both whichever is asked for; a stage of them does its whole backward pass at `I`."""
 
     @cached_property
     def forward(self) -> float:
@@ -108,17 +108,27 @@ class Part:
         """What an action takes here, as torch's stages do it.
 
         The first stage's `I` is empty: nobody waits for the gradient of its input, and torch leaves it all to `W`.
+        Where gradients do not come apart, the other stages' `W` is.
         """
         if action.kind == "F":
             return self.forward
-        more = self.accumulate if action.microbatch and action.kind in "BW" else 0.0
-        if action.kind == "B" or (action.kind == "W" and not action.stage):
+        more = self.accumulate if action.microbatch else 0.0
+        whole = self.backward_kind(action.stage)
+        if action.kind in ("B", whole):
             return self.backward + more
-        if action.kind == "I" and not action.stage:
+        if whole is not None:
             return 0.0
-        if not self.apart:
-            return self.backward + more
-        return more + (self.input_gradient if action.kind == "I" else self.weight_gradient)
+        return self.input_gradient if action.kind == "I" else self.weight_gradient + more
+
+    def backward_kind(self, stage: int) -> str | None:
+        """The kind of action that is all of a backward pass in two parts; None where `I` and `W` share it.
+
+        Args:
+            stage: which one this is.
+        """
+        if stage == 0:
+            return "W"
+        return None if self.apart else "I"
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,9 @@ class Pipeline:
     @cached_property
     def in_flight(self) -> tuple[int, ...]:
         """The most microbatches whose activations a stage holds at a time, by stage."""
-        return tuple(map(in_flight, order(self.schedule, len(self.parts), self.microbatches)))
+        orders = order(self.schedule, len(self.parts), self.microbatches)
+        ends = ["B" + (part.backward_kind(stage) or "W") for stage, part in enumerate(self.parts)]
+        return tuple(map(in_flight, orders, ends))
 
     def memory(self, stage: int) -> int:
         """Bytes of a stage's parameters and what belongs to them, and of the activations that it keeps."""

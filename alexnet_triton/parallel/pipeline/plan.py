@@ -22,6 +22,7 @@ from alexnet_triton.parallel.pipeline.costs import (
 )
 from alexnet_triton.parallel.pipeline.picture import draw
 from alexnet_triton.parallel.pipeline.schedules import check, is_possible
+from alexnet_triton.parallel.pipeline.simulation import Timeline
 from alexnet_triton.parallel.pipeline.work import ORIGINS, Layer, Roofs, Times, layers
 
 
@@ -265,8 +266,8 @@ def _sentences(plan: Plan) -> list[str]:
         )
     if chosen.schedule == "zero-bubble" and not chosen.parts[0].apart:
         made.append(
-            "The fused ops on Triton compute both gradients whichever is asked for: under zero-bubble all stages but "
-            "the first do their backward work twice."
+            "The fused ops on Triton compute both gradients at once: under zero-bubble no weight gradient is left to "
+            "fill the bubble with."
         )
     return made
 
@@ -281,8 +282,11 @@ def _ms(seconds: float) -> str:
 def draw_plan(plan: Plan, path: Path) -> Path:
     """Draw a plan's schedule; see `picture.draw`."""
     chosen = plan.chosen
+    blocks = [
+        block._replace(kind="B") if block.kind == chosen.parts[block.stage].backward_kind(block.stage) else block
+        for block in chosen.timeline.blocks
+    ]
     rows = [f"stage {number}\n{span(part)}" for number, part in enumerate(chosen.parts)]
     note = f"Simulated. {plan.provenance}. The update at the end of a step is not shown, and counts in images/s."
-    return draw(
-        chosen.timeline, path, plan.title, images_per_second=chosen.images_per_second, rows=rows, note=note
-    )  # fmt: skip
+    timeline = Timeline(tuple(blocks))
+    return draw(timeline, path, plan.title, images_per_second=chosen.images_per_second, rows=rows, note=note)

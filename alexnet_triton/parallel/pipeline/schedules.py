@@ -11,9 +11,9 @@
 
 With two stages of equal cost and 8 microbatches, where forward, input gradient and weight gradient take one unit each,
 `gpipe` and `1f1b` idle for 11.1 % of the time and `zero-bubble` for 4.0 %. That needs ops that compute one gradient
-without the other. The fused ops on Triton do not: asked for either they compute both, so every stage but the first, for
-which torch does its whole backward pass in `W`, does that work twice, and the same step takes 41 units, not 25;
-with `1f1b` it takes 27. There `zero-bubble` is a poor choice, for two stages most of all.
+without the other. The fused ops on Triton do not, and their stages do the whole backward pass at `I`; the first stage,
+whose input nobody waits for, does it at `W` with any ops. Then nothing is left to fill the bubble with, and
+`zero-bubble` idles for as long as `1f1b`.
 """
 
 from __future__ import annotations
@@ -138,11 +138,16 @@ def _zero_bubble(stage: int, stages: int, microbatches: int) -> list[Action]:
     return actions + [Action("W", stage, i) for i in range(max(0, microbatches - stage), microbatches)]
 
 
-def in_flight(actions: Iterable[Action]) -> int:
-    """The most microbatches whose activations a process holds at a time: from `F` to the end of `B` or `W`."""
+def in_flight(actions: Iterable[Action], ends: str = "BW") -> int:
+    """The most microbatches whose activations a process holds at a time.
+
+    Args:
+        actions: of the process, in order.
+        ends: the kinds of actions behind which a microbatch's activations are not needed any more.
+    """
     held = most = 0
     for action in actions:
-        held += {"F": 1, "I": 0}.get(action.kind, -1)
+        held += (action.kind == "F") - (action.kind in ends)
         most = max(most, held)
     return most
 
