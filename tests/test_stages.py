@@ -231,11 +231,12 @@ def masks_of(layer, width, fused=True, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_parts_of_a_batch_are_dropped_by_the_rows_of_its_mask(dtype):
-    layer = nn.Dropout(0.4)
-    masks = masks_of(layer, 33, dtype=torch.float32)  # in another dtype it is drawn once more
+    layer, other = nn.Dropout(0.4), nn.Dropout(0.2)
+    # Expected in float32: in another dtype it is drawn once more, out of its turn.
+    masks = Masks([Dropped(layer, (33,), True), Dropped(other, (7,), True)], CPU, torch.float32)
     x = torch.randn(11, 33).to(dtype)
     torch.manual_seed(4)
-    expected = layer(x)
+    expected, others = layer(x), other(x[:, :7])
     state = torch.get_rng_state()
     for _ in range(2):
         torch.manual_seed(4)
@@ -243,6 +244,7 @@ def test_parts_of_a_batch_are_dropped_by_the_rows_of_its_mask(dtype):
         parts = [masks.apply(layer, part, first) for part, first in ((x[8:], 8), (x[:5], 0), (x[5:8], 5))]
         assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), expected)
         assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(masks.apply(other, x[:, :7], 0), others)
     rows = (expected == 0)[:, :20]
     assert len({tuple(row.tolist()) for row in rows}) == 11
     masks.draw(11)

@@ -43,7 +43,8 @@ class PipelineEngine(Engine):
         batch: images of a full step of one replica.
         image_size: their side, in pixels; None is the variant's own.
         microbatches: that a full step is cut into.
-        schedule: order of the work, of `schedules.SCHEDULES`.
+        schedule: order of the work, of `schedules.SCHEDULES`. `zero-bubble` moves gradients of parameters only where
+            torch computes them apart (`runtime.comes_in_halves`), which is not on Triton.
         at: where the network is cut, as of `split`.
         trace: note when each piece of work of a step began and ended (`trace_blocks`), which makes a GPU wait for each.
 

@@ -237,5 +237,5 @@ def _segments(layers: Sequence[nn.Module], masks: Masks, sequence: type[nn.Modul
 def _works_in_place(layer: nn.Module) -> bool:
     """Whether the layer, or the first of those in it, changes its input."""
     while type(layer) in (nn.Sequential, FusedSequential) and layer._modules:
-        layer = next(leaves(layer))  # type: ignore[arg-type]
+        layer = next(leaves(layer))
     return bool(getattr(layer, "inplace", False))
