@@ -34,6 +34,8 @@ from alexnet_triton.bench import (
     layers,
     lpips,
     model,
+    parallel,
+    parallel_checks,
     results,
     roofs,
     tuning,
@@ -256,7 +258,7 @@ def _configs_in_force(run: Run) -> dict[str, Any]:
     return configs.in_force(torch.cuda.get_device_name(run.device))
 
 
-BENCHMARKS = {each.name: each for each in (model.BENCHMARK, layers.BENCHMARK, lpips.BENCHMARK)}
+BENCHMARKS = {each.name: each for each in (model.BENCHMARK, layers.BENCHMARK, lpips.BENCHMARK, parallel.BENCHMARK)}
 
 
 def _times(run: Run) -> Iterator[tuple[str, Check]]:
@@ -331,15 +333,16 @@ class Part(NamedTuple):
 
 PARTS: dict[str, Part] = {
     "machine": Part(10, _machine),
-    "compile": Part(90, _compile),
-    "networks": Part(45, _networks),
-    "layers": Part(70, _layers),
-    "repeats": Part(20, _repeats),
-    "tuning": Part(80, _tuning),
+    "compile": Part(80, _compile),
+    "networks": Part(40, _networks),
+    "layers": Part(65, _layers),
+    "repeats": Part(15, _repeats),
+    "several GPUs": Part(50, parallel_checks.cases),
+    "tuning": Part(60, _tuning),
     "times": Part(90, _times),
     "loading": Part(20, _loading),
     "graphs": Part(25, _graphs),
-    "large": Part(20, _large),
+    "large": Part(15, _large),
     "second GPU": Part(10, _second_gpu),
     "sanitizer": Part(20, _sanitizer),
 }
@@ -352,8 +355,8 @@ PARTS: dict[str, Part] = {
 def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: str = "cuda") -> int:
     """Make all checks, write each result to `out/gpu.jsonl` as it comes, and print a summary.
 
-    The times are in `out/model.json`, `out/layers.json` and `out/lpips.json` too, whole after every row. No config of
-    the user's counts: those of `out/configs.json` do, which the part `tuning` makes anew.
+    The times are in the benchmarks' own files in `out` too, as `model.json`, whole after every row. No config of the
+    user's counts: those of `out/configs.json` do, which the part `tuning` makes anew.
 
     Args:
         out: folder of the results; made where it is missing. Results of an earlier run are replaced.
@@ -377,10 +380,12 @@ def run(out: Path, budget: float = BUDGET, parts: Sequence[str] = (), device: st
     tuned = (tuning.CONFIGS, tuning.LOG) if not parts or "tuning" in parts else ()
     for name in (RESULTS, *(f"{name}.json" for name in BENCHMARKS), *tuned):
         (out / name).unlink(missing_ok=True)
-    last = time.monotonic() + budget
+    end = time.monotonic()
+    last = end + budget
     for name in PARTS:
         if not parts or name in parts:
-            end = time.monotonic() + PARTS[name].seconds * budget / BUDGET
+            # What a part leaves is the next one's; what it takes beyond its own is not.
+            end = max(end, time.monotonic()) + PARTS[name].seconds * budget / BUDGET
             _run_part(report, name, min(end, last), device)
         else:
             report.write(name, "the whole part", "skipped", why="it was not asked for")
@@ -448,7 +453,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in PARTS:
         counts = collections.Counter(row["status"] for row in rows if row["part"] == name)
-        lines.append(f"{name:12}" + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
+        lines.append(f"{name:14}" + ", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
     lines += [f"failed: {row['part']}: {row['case']}: {row['why']}" for row in rows if row["status"] == "failed"]
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alexnet_triton.bench import cpu, data, dispatch, layers, lpips, model, plots, predict
+from alexnet_triton.bench import cpu, data, dispatch, layers, lpips, model, parallel, plots, predict
 from alexnet_triton.bench.plots import files
 from alexnet_triton.bench.timing import heading
 
@@ -88,6 +88,7 @@ TABLES: Mapping[str, Table] = {
     "layers": Table(layers.format_result, "bench layers"),
     "lpips": Table(lpips.format_result, "bench lpips"),
     "model": Table(model.format_result, "bench model"),
+    "parallel": Table(parallel.format_result, "bench parallel"),
     "predict": Table(_predict, "bench predict"),
 }
 """By the benchmark that a file names, or that it is called after."""

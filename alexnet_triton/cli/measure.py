@@ -52,7 +52,8 @@ def add_bench(commands: Commands) -> None:
     layers = benches.add_parser("layers", help="each layer and direction, against torch's op and its floor")
     model = benches.add_parser("model", help="inference and training steps, against their peers")
     lpips = benches.add_parser("lpips", help="the trunk of LPIPS, to the gradient of the image")
-    for measured in (layers, model, lpips):
+    parallel = benches.add_parser("parallel", help="training steps in several processes, against one; simulations")
+    for measured in (layers, model, lpips, parallel):
         add_out(measured)
         if measured is not lpips:
             measured.add_argument("--variant", choices=VARIANT_NAMES, action="append", help="may be repeated")
@@ -63,7 +64,7 @@ def add_bench(commands: Commands) -> None:
     lpips.add_argument("--size", type=numbers, default=(), metavar="N,N,...", help="pixels a side")
     compiled = "measure torch.compile too, which takes minutes; default: on a GPU alone"
     model.add_argument("--compile", action=argparse.BooleanOptionalAction, help=compiled)
-    for name, measured in (("layers", layers), ("model", model), ("lpips", lpips)):
+    for name, measured in (("layers", layers), ("model", model), ("lpips", lpips), ("parallel", parallel)):
         measured.set_defaults(run=_bench_measured, benchmark=name)
 
     data = benches.add_parser("data", help="images a second of each stage from files to the network's input")
