@@ -118,11 +118,16 @@ def test_frozen_parts_take_no_gradient_and_stop_none():
 
 
 def test_autocast_gives_the_bfloat16_of_one_process():
-    cases = [
-        Case(half=True, schedule=s, at=(cut,), images=(10,))
-        for s, cut in zip(SCHEDULES, ("conv3", "fc6", "fc7"), strict=True)
-    ]
-    check(cases, limit=0.02)
+    cuts = zip(SCHEDULES, ("conv3", "fc6", "fc7"), strict=True)
+    cases = [Case(half=True, schedule=schedule, at=(cut,), images=(10,)) for schedule, cut in cuts]
+    check([*cases, Case(half=True, images=(10,), change=double_gradients_under_autocast)], limit=0.02)
+
+
+def double_gradients_under_autocast(model):
+    """Which is for forward passes."""
+    model.classifier[6].register_full_backward_hook(
+        lambda layer, inputs, outputs: (inputs[0] * (1 + torch.is_autocast_enabled("cpu")),)
+    )
 
 
 def test_layers_of_a_user_take_the_steps_of_one_process():
