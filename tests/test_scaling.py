@@ -16,6 +16,7 @@ from alexnet_triton import AlexNet
 from alexnet_triton.bench import cards
 from alexnet_triton.cli import _parser, main, scale
 from alexnet_triton.info import layer_table
+from alexnet_triton.parallel import links
 from alexnet_triton.parallel.scaling import (
     CARDS,
     LAYOUTS,
@@ -43,7 +44,7 @@ BYTES = Card("no arithmetic's limit", 1e30, 1e12)
 
 def cluster(card=ARITHMETIC, gpus_per_machine=8, inside=1e9, between=1e9, latency=0.0):
     """One whose links reach so many bytes a second."""
-    links = [Link("", rate / machines.LINK_SHARE, latency) for rate in (inside, between)]
+    links = [Link("", rate, latency) for rate in (inside, between)]
     return Cluster(card, *links, gpus_per_machine)
 
 
@@ -410,8 +411,8 @@ def test_every_run_says_where_it_is_from_and_what_is_assumed():
     for run in published.RUNS:
         assert re.search(r"NeurIPS 2012|arXiv \d{4}\.\d{5}|arXiv 1404\.5997", run.source)
         assert run.assumed
-        assert run.cluster.network.latency == machines.NETWORK_LATENCY
-        assert run.cluster.inside.latency == machines.INSIDE_LATENCY
+        assert run.cluster.network.latency == links.NETWORK_LATENCY
+        assert run.cluster.inside.latency == links.INSIDE_LATENCY
 
 
 # --- the command and the page -----------------------------------------------------------------------------------------
@@ -475,7 +476,7 @@ def test_figures_in_the_pages_prose_are_the_models():
 
 def test_help_names_what_there_is():
     assert tuple(CARDS) == scale.CARD_NAMES
-    assert tuple(LINKS) == scale.LINK_NAMES
+    assert set(LINKS) == {*scale.LINK_NAMES, "loopback"}
     assert LAYOUTS == scale.LAYOUT_NAMES
 
 

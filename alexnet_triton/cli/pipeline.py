@@ -6,14 +6,20 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from alexnet_triton.cli.words import Commands, add_dtype, add_variant, dtype_name, positive, positive_float
+from alexnet_triton.cli.words import (
+    LINK_NAMES,
+    SCHEDULE_NAMES,
+    Commands,
+    add_dtype,
+    add_variant,
+    dtype_name,
+    positive,
+    positive_float,
+)
 
 if TYPE_CHECKING:
     from alexnet_triton.bench.plots.files import Result
     from alexnet_triton.parallel.pipeline.work import Roofs, Times
-
-SCHEDULE_NAMES = ("gpipe", "1f1b", "zero-bubble")
-LINK_NAMES = ("nvlink", "pcie", "loopback")
 
 
 def add_pipeline(commands: Commands) -> None:
@@ -34,7 +40,9 @@ def add_pipeline(commands: Commands) -> None:
     plan.add_argument("--stages", type=positive, metavar="N", help="one a GPU; default: 2, or what --at makes")
     at = "begin a stage at these layers, as in features.6 or conv3; default: what is planned to be fastest"
     plan.add_argument("--at", nargs="+", default=(), metavar="NAME", help=at)
-    plan.add_argument("--link", choices=LINK_NAMES, default="nvlink", help="between GPUs; default: %(default)s")
+    link = "between GPUs: nvlink and pcie (those of an H100), nvlink2 ..., pcie2 ..., loopback; default: %(default)s"
+    names = ("nvlink", "pcie", *LINK_NAMES, "loopback")
+    plan.add_argument("--link", choices=names, default="nvlink", metavar="NAME", help=link)
     plan.add_argument("--card", metavar="NAME", help="h100, h200, a100; default: h100, or that of --results")
     add_dtype(plan)
     plan.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="default: %(default)s")
@@ -51,7 +59,7 @@ def _plan(options: argparse.Namespace) -> None:
     import torch
 
     from alexnet_triton.model import AlexNet
-    from alexnet_triton.parallel.pipeline.costs import LINKS
+    from alexnet_triton.parallel.links import LINKS, USUAL
     from alexnet_triton.parallel.pipeline.names import MODULES
     from alexnet_triton.parallel.pipeline.picture import check_path
     from alexnet_triton.parallel.pipeline.plan import draw_plan, format_plan, make_plan
@@ -67,7 +75,7 @@ def _plan(options: argparse.Namespace) -> None:
         stages=o.stages or (len(o.at) + 1 if o.at else 2),
         microbatches=o.microbatches,
         schedule=o.schedule,
-        link=LINKS[o.link],
+        link=LINKS[USUAL.get(o.link, o.link)],
         times=device.times,
         roofs=device.roofs,
         source=device.source,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 
-from alexnet_triton.cli.words import Commands, add_dtype, add_variant, dtype_name, positive, positive_float
+from alexnet_triton.cli.words import LINK_NAMES, Commands, add_dtype, add_variant, dtype_name, positive, positive_float
 
 CARD_NAMES = ("gtx580", "k20", "p40", "v100", "a100", "h100", "h200")
-LINK_NAMES = ("pcie2", "pcie3", "pcie4", "pcie5", "nvlink2", "nvlink3", "nvlink4")
 LAYOUT_NAMES = ("data", "pipeline", "hybrid", "towers")
 """As in `alexnet_triton.parallel.scaling`, which is not loaded to print help."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 VARIANT_NAMES = ("merged", "paper", "torchvision", "caffe")
 INIT_NAMES = (*VARIANT_NAMES, "kaiming")
 SCHEDULE_NAMES = ("gpipe", "1f1b", "zero-bubble")
+LINK_NAMES = ("pcie2", "pcie3", "pcie4", "pcie5", "nvlink2", "nvlink3", "nvlink4")
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DTYPE_NAMES = (*SHORT_DTYPES, *SHORT_DTYPES.values())
 

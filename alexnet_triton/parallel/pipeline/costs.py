@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
-from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 
 from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.links import LINKS, Link
 from alexnet_triton.parallel.pipeline.schedules import Action, check, in_flight, order
 from alexnet_triton.parallel.pipeline.simulation import Timeline, simulate
 from alexnet_triton.parallel.pipeline.work import NEUTRAL, PROCESSOR, Layer, Times, layers
 
-REACHED = 0.8
-"""Of a link's rate, what a large send of NCCL is assumed to reach."""
-
 GOOD_ENOUGH = 1.02
 """A step may take so many times the fastest one's time for a cut that needs less memory."""
-
-
-class Link(NamedTuple):
-    """What joins two devices; it carries both directions at once."""
-
-    name: str
-    bytes_per_second: float
-    """Each way."""
-    latency: float
-    """Seconds that a transfer takes whatever its size."""
-
-    def seconds(self, moved: float) -> float:
-        """Of a transfer of so many bytes."""
-        return self.latency + moved / self.bytes_per_second
-
-
-LINKS: Mapping[str, Link] = MappingProxyType(
-    {
-        "nvlink": Link("nvlink", REACHED * 450e9, 10e-6),
-        "pcie": Link("pcie", REACHED * 64e9, 15e-6),
-        "loopback": Link("loopback", 1.5e9, 200e-6),
-    }
-)
-"""NVIDIA H100 Tensor Core GPU data sheet: NVLink 900 GB/s and PCIe Gen5 x16 128 GB/s, both counting both directions, so
-half of it each way. The share `REACHED` of it, and the latency of a pair of NCCL calls, are assumed. Loopback is gloo
-between two processes of one machine, as two cores of a Xeon were measured to reach with sends of 1 to 10 MB; its
-latency is assumed."""
 
 
 @dataclass(frozen=True)
@@ -348,5 +317,5 @@ def auto_cut(
     shape = (max(1, -(-example_shape[0] // microbatches)), *example_shape[1:])
     dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
     found = layers(model, shape, times or roofs, roofs, dtype)
-    link = link or LINKS["nvlink" if gpu else "loopback"]
+    link = link or LINKS["nvlink4" if gpu else "loopback"]
     return best_cuts(found, stages, microbatches, schedule, link, memory_limit)

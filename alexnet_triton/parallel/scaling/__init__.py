@@ -27,7 +27,8 @@ for one another's hiccups, other traffic, batch normalisation, evaluation. `publ
 that others have measured, with one set of assumptions for all: see `machines`.
 """
 
-from alexnet_triton.parallel.scaling.machines import CARDS, LINKS, Card, Cluster, Link, network
+from alexnet_triton.parallel.links import LINKS, Link, network
+from alexnet_triton.parallel.scaling.machines import CARDS, Card, Cluster
 from alexnet_triton.parallel.scaling.model import IMAGENET, LAYOUTS, Estimate, Job, alone, estimate
 
 __all__ = [

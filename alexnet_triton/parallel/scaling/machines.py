@@ -9,9 +9,8 @@ every machine of every year, and none was chosen for what `published` holds the 
   (github.com/soumith/convnet-benchmarks and gist.github.com/soumith/e6297e93dd2fe3751562). `alexnet-triton bench
   predict` expects 41 % (batch 128) to 49 % (1,024) of an H100's tensor cores from this package's kernels.
 - `COPY_SHARE`: of a data sheet's bytes a second, read and written.
-- `LINK_SHARE`: of a line rate, by collectives, whose every step waits for its slowest message.
 
-The latter two, and the latencies, are assumed.
+The latter, and what `links` says of links, are assumed.
 """
 
 from __future__ import annotations
@@ -20,46 +19,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PRODUCT_SHARE, COPY_SHARE, LINK_SHARE = 0.45, 0.8, 0.7
+from alexnet_triton.parallel.links import Link
 
-INSIDE_LATENCY, NETWORK_LATENCY = 5e-6, 15e-6
-"""Seconds of a message between two GPUs of one machine, and of two machines."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """What GPUs or machines send over."""
-
-    name: str
-    line_rate: float
-    """Bytes a second in one direction, as specified."""
-    latency: float
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second that are reached."""
-        return LINK_SHARE * self.line_rate
-
-
-def network(gigabits: float) -> Link:
-    """All of a machine's network, of so many Gb/s."""
-    return Link(f"{gigabits:g} Gb/s", gigabits * 1e9 / 8, NETWORK_LATENCY)
-
-
-LINKS: Mapping[str, Link] = {
-    name: Link(name, gigabytes * 1e9, INSIDE_LATENCY)
-    for name, gigabytes in (
-        ("pcie2", 8.0),
-        ("pcie3", 15.75),
-        ("pcie4", 31.5),
-        ("pcie5", 63.0),
-        ("nvlink2", 150.0),
-        ("nvlink3", 300.0),
-        ("nvlink4", 450.0),
-    )
-}
-"""Inside a machine, one GPU's, one direction. PCI Express x16: PCI-SIG's rate of a lane after line coding. NVLink: half
-of what NVIDIA's data sheets of V100, A100 and H100 give for both directions, 300, 600 and 900 GB/s."""
+PRODUCT_SHARE, COPY_SHARE = 0.45, 0.8
 
 
 @dataclass(frozen=True)
@@ -132,7 +94,7 @@ class Cluster:
         machines = self.machines(gpus)
         if machines == 1:
             return _ring(size, gpus, self.inside)
-        slowest = Link("", min(self.inside.line_rate, self.network.line_rate), self.network.latency)
+        slowest = Link("", min(self.inside.bytes_per_second, self.network.bytes_per_second), self.network.latency)
         in_two = _ring(size, gpus // machines, self.inside) + _ring(size, machines, self.network)
         return min(_ring(size, gpus, slowest), in_two)
 
@@ -164,10 +126,10 @@ class Cluster:
         """Seconds of an all-reduce between machines, in a ring or in trees."""
         if machines == 1:
             return 0.0
-        trees = 2 * size / self.network.rate + 2 * math.ceil(math.log2(machines)) * self.network.latency
+        trees = 2 * size / self.network.bytes_per_second + 2 * math.ceil(math.log2(machines)) * self.network.latency
         return min(2 * _ring(size, machines, self.network), trees)
 
 
 def _ring(size: float, places: int, link: Link) -> float:
     """Seconds in which parts go once around a ring: n - 1 messages of size / n."""
-    return (places - 1) * (size / places / link.rate + link.latency)
+    return (places - 1) * (size / places / link.bytes_per_second + link.latency)

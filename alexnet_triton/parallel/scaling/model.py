@@ -258,7 +258,7 @@ def _pipeline(gpus: int, device: Device, cluster: Cluster, microbatches: int) ->
         stages = device.layers[:place], device.layers[place:]
         busy = [device.both(stage, images / microbatches) for stage in stages]
         crossing = images * layer.inputs * device.job.itemsize
-        hop = crossing / microbatches / link.rate + link.latency
+        hop = link.seconds(crossing / microbatches)
         slowest = max(*busy, hop)  # what is sent waits for no one, unless the link is what takes longest
         filled = sum(busy) + (microbatches - 1) * slowest + max(device.update(stage) for stage in stages)
         sizes = [device.gradients(stage) for stage in stages]

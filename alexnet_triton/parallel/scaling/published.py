@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from alexnet_triton.parallel.scaling.machines import CARDS, INSIDE_LATENCY, LINKS, Card, Cluster, Link, network
+from alexnet_triton.parallel.links import LINKS, inside, network
+from alexnet_triton.parallel.scaling.machines import CARDS, Card, Cluster
 from alexnet_triton.parallel.scaling.model import IMAGENET, Estimate, Job, estimate
 from alexnet_triton.parallel.scaling.table import aligned, duration
 
@@ -142,9 +143,7 @@ ELEVEN_MINUTES = Run(
     layout="data",
     gpus=1024,
     job=Job("caffe", batch=32, dtype="float32"),
-    cluster=Cluster(
-        Card("Xeon Platinum 8160", 3.2e12, 128e9), Link("UPI", 41.6e9, INSIDE_LATENCY), network(100), gpus_per_machine=2
-    ),
+    cluster=Cluster(Card("Xeon Platinum 8160", 3.2e12, 128e9), inside("UPI", 41.6), network(100), gpus_per_machine=2),
 )
 
 HELD_AGAINST = (TOWERS, *HYBRID, FOUR_MINUTES, ELEVEN_MINUTES)
