@@ -163,8 +163,8 @@ def dropout_linear(
 def dropout_mask(x: Tensor, p: float, shape: Sequence[int]) -> Tensor:
     """What `dropout_linear` would multiply an input of `shape` by in training, drawn as it draws it.
 
-    For those who have only a part of a batch at a time, or of its features, and drop what the whole batch would: torch's
-    generator of the device advances as it does there.
+    For those who have only a part of a batch at a time, and drop what the whole batch would. Torch's generator of the
+    device advances as it does there.
 
     Args:
         x: an input, which says device and dtype, and so the backend.

@@ -33,10 +33,10 @@ def training(variant: str, workers: int, scale: Scale, device: torch.device) -> 
     """
     try:
         from alexnet_triton.bench.data_memory import packed_set
+        from alexnet_triton.parallel.world import World
         from alexnet_triton.recipe.train.checkpoint import Checkpoints
         from alexnet_triton.recipe.train.loop import Training
         from alexnet_triton.recipe.train.settings import Settings
-        from alexnet_triton.parallel.world import World
         from alexnet_triton.recipe.trained import Trained
     except ModuleNotFoundError as error:
         raise Absent(f"{error.name}, which training needs") from None

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from alexnet_triton import AlexNet
+from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.data.sets import LabelledImages
 from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import Checkpoints
 from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.settings import Settings
-from alexnet_triton.parallel.layout import Layout
-from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.trained import Trained
 
 CLASSES = tuple("abcd")

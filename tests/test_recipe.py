@@ -14,12 +14,12 @@ from torch import nn
 
 from alexnet_triton.cli import main
 from alexnet_triton.demo.digits import write_digits
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.data.packed import open_packed
 from alexnet_triton.recipe.data.prepare import prepare
 from alexnet_triton.recipe.train.checkpoint import Checkpoints
 from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.settings import Settings
-from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from alexnet_triton import AlexNet
 from alexnet_triton.cli import main
+from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.data.prepare import prepare
 from alexnet_triton.recipe.data.sets import DataError
 from alexnet_triton.recipe.train import checkpoint
@@ -21,7 +22,6 @@ from alexnet_triton.recipe.train import run as training
 from alexnet_triton.recipe.train.checkpoint import CheckpointError, Checkpoints
 from alexnet_triton.recipe.train.run import Options, crop_of, freeze, images, network
 from alexnet_triton.recipe.train.settings import COLUMNS, History, Settings
-from alexnet_triton.parallel.world import World
 from alexnet_triton.recipe.trained import Trained
 
 
