@@ -39,7 +39,7 @@ class Replicas(Engine):
         device = self.world.device
         network: Any = torch.compile(self.module) if self._compiled else self.module
         if self.world.size == 1:
-            return network  # type: ignore[no-any-return]
+            return network
         return DistributedDataParallel(network, [device] if device.type == "cuda" else None)
 
     def train(self, mode: bool = True) -> None:
