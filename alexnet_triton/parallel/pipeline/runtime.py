@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleavedZeroBubble
 
 from alexnet_triton.backend import takes_triton
@@ -47,21 +47,15 @@ class Runner(PipelineStage):
         blocks: list[Block] | None,
     ) -> None:
         super().__init__(
-            stage, number, stages, device, group=group, dw_builder=None if halves else lambda: _nothing_left
+            _Called(stage), number, stages, device, group=group, dw_builder=None if halves else lambda: _nothing_left
         )  # fmt: skip
-        self._size, self._blocks = size, blocks
+        self._stage, self._size, self._blocks = stage, size, blocks
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""
-        self.submod.first_row = fwd_chunk_id * self._size  # type: ignore[assignment]
+        self._stage.first_row = fwd_chunk_id * self._size
         with self._timed("F", fwd_chunk_id):
             return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
-        """The stage's forward, which gives memory of its own: torch detaches a stage's output in place."""
-        output = super().forward_maybe_with_nosync(*args, **kwargs)
-        is_input = any(output is argument for argument in args)
-        return output.clone() if is_input or output._is_view() else output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Backward of one microbatch, or the first half of it."""
@@ -73,27 +67,6 @@ class Runner(PipelineStage):
         """The other half."""
         with self._timed("W", bwd_chunk_id), without_autocast(self.device):
             return super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
-
-    # Memory is sent as it lies. A map that is channels-last would arrive in another order, where torch's buffer for it
-    # is contiguous (2.11), or not be sent at all (gloo); so all that travels is contiguous, at both ends.
-
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
-        """What the next stage is sent."""
-        return _contiguous(super().get_fwd_send_ops(fwd_chunk_id))
-
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
-        """What the stage before is sent."""
-        return _contiguous(super().get_bwd_send_ops(bwd_chunk_id))
-
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
-        """What comes from the stage before."""
-        _make_contiguous(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
-
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
-        """What comes from the next stage."""
-        _make_contiguous(self.grad_recv_info.get(bwd_chunk_id, ()))
-        return super().get_bwd_recv_ops(bwd_chunk_id)
 
     @contextmanager
     def _timed(self, kind: str, microbatch: int) -> Iterator[None]:
@@ -108,6 +81,36 @@ class Runner(PipelineStage):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()  # of the machine on Linux, and so comparable between processes
+
+
+class _Called(nn.Module):
+    """A stage as torch calls it: what crosses to another process is contiguous, and has memory of its own.
+
+    Memory is sent as it lies. A channels-last map would arrive in another order where torch's buffer for it is
+    contiguous (2.11), and gloo would not send it. And torch detaches in place what a stage gives, which no view allows.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x = _ContiguousGradient.apply(x)
+        y: Tensor = self.stage(x).contiguous()
+        return y.clone() if y is x or y._is_view() else y
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The same, whose gradient is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
 
 
 def schedule_of(name: str, runner: Runner, microbatches: int, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
@@ -164,16 +167,3 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 def _nothing_left() -> None:
     """The gradients of the parameters, where those have been computed with the input's."""
-
-
-def _contiguous(sends: list[P2POp]) -> list[P2POp]:
-    for send in sends:
-        send.tensor = send.tensor.detach().contiguous()
-    return sends
-
-
-def _make_contiguous(receives: Iterable[Any]) -> None:
-    for received in receives:
-        buffer = getattr(received, "buffer", None)
-        if buffer is not None and not buffer.is_contiguous():
-            received.buffer = torch.empty_like(buffer, memory_format=torch.contiguous_format)

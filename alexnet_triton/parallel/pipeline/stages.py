@@ -59,8 +59,10 @@ class Stage(nn.Module):
         Args:
             x: images (N, 3, H, W) for the first stage, what the stage before gave for the others.
         """
-        if x.requires_grad and x.is_leaf and _works_in_place(self.get_submodule(self.names[0])):
-            x = x.clone()  # what comes from another process is a leaf of autograd, which nothing may change in place
+        if x.requires_grad and _works_in_place(self.get_submodule(self.names[0])):
+            x = (
+                x.clone()
+            )  # what comes from elsewhere is a leaf of autograd or a view, which nothing may change in place
         for part, module in self.named_children():
             if part == "classifier" and self._flattens:
                 x = torch.flatten(x, 1)
