@@ -88,6 +88,7 @@ CUTS = ("conv2", "features.1", "features.2", "features.7", "features.9", "avgpoo
 
 def test_every_variant_schedule_and_cut_takes_the_steps_of_one_process():
     cases = [Case(variant, schedule=schedule) for variant in VARIANTS for schedule in SCHEDULES]
+    cases.append(Case(at="auto", images=(10,)))
     check([*cases, *(Case(at=(cut,), schedule=SCHEDULES[n % 3], images=(10,)) for n, cut in enumerate(CUTS))])
 
 
