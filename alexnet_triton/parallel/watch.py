@@ -226,7 +226,8 @@ class Watch(Listener):
             return
         error = self._own or self._lost
         if not isinstance(error, ProcessLost) or error.to_be_said:
-            print(f"alexnet-triton: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"alexnet-triton: {error}\n")  # in one piece, among what the others say
+            sys.stderr.flush()
         os._exit(ABANDONED)
 
     def _lose(self, rank: int, message: str, hurry: bool) -> None:
