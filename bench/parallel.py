@@ -36,8 +36,8 @@ METHOD = (
     "time is that of the last process to be done, from a barrier on, a step's mean over a few without a break on a "
     "GPU. The speedup is the median over the rounds of one process's time over the layout's. Bytes are the most that "
     "a process sends in a step, those of a ring for collectives, from the shapes that it hands to them. Simulations, "
-    "of two processes on a CPU, take the times of each layer alone, measured in both processes at once, which so "
-    "share the memory as they do in a step, and of gloo's messages; layers, messages and traced steps take turns. The "
+    "of two processes on a CPU, take the times of gloo's messages, and of each stage without the pipeline, measured in "
+    "both processes at once, which so share the memory as they do in a step; these and traced steps take turns. The "
     "bubble is the share of both processes' time, from a step's first work to its last, in which they do none; a "
     "ratio is the median over the rounds of the real figure over the simulated one."
 )
@@ -249,9 +249,13 @@ def format_result(result: Mapping[str, Any]) -> str:
         if title != last:
             lines.append(f"{title:{NAME}}{columns}")
         last = title
-        layout = row["layout"] if row["processes"] == 1 else f"{row['processes']}: {row['layout']}"
-        lines.append(f"  {layout:{NAME - 2}}" + (f"no time: {row['failed']}" if "failed" in row else cells(row)))
+        lines.append(f"  {_name(row):{NAME - 2}}" + (f"no time: {row['failed']}" if "failed" in row else cells(row)))
     return "\n".join(lines)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    layout = row["layout"] if row["processes"] == 1 else f"{row['processes']}: {row['layout']}"
+    return f"{layout}, cut at {row['cut']}" if row.get("cut") and row["task"] == TASK else layout
 
 
 NAME = 52

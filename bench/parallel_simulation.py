@@ -1,32 +1,33 @@
-"""A pipeline's simulation beside the real run: bubble and step of two processes, from the times of its layers.
+"""A pipeline's simulation beside the real run: bubble and step of two processes.
 
-What `pipeline plan` simulates is held against what two processes do. Everything takes its turn in every round: each
-layer alone, in both processes at once, which then share the memory's bandwidth as in a pipeline, where both are mostly
-busy; the link; and a step of each pipeline, traced. A figure is the median over the rounds.
+The orders of work and the simulation are what `pipeline plan` goes by; the times are measured, everything in turn in
+every round: each stage without the pipeline, the link, and a step of each pipeline, traced. A figure is the median over
+the rounds.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from alexnet_triton.bench import checks, parallel_steps
+from alexnet_triton.bench import checks, parallel_stages, parallel_steps
 from alexnet_triton.bench.parallel_processes import Process, Processes
+from alexnet_triton.bench.parallel_stages import LARGE, SMALL, Costs
 from alexnet_triton.bench.parallel_steps import Trainer, Work
 from alexnet_triton.bench.plans import Plan, name_of
 from alexnet_triton.bench.results import OURS
 from alexnet_triton.bench.timing import summary
 from alexnet_triton.parallel.layout import Layout
-from alexnet_triton.parallel.pipeline.costs import Link, Pipeline, best_cuts, cut_table, pipeline
-from alexnet_triton.parallel.pipeline.schedules import SCHEDULES
-from alexnet_triton.parallel.pipeline.simulation import Block, Timeline
-from alexnet_triton.parallel.pipeline.work import Layer, Roofs, Table, layers
+from alexnet_triton.parallel.pipeline.costs import LINKS, Link, best_cuts, cut_table
+from alexnet_triton.parallel.pipeline.measuring import measure
+from alexnet_triton.parallel.pipeline.schedules import SCHEDULES, Action
+from alexnet_triton.parallel.pipeline.simulation import Block, Timeline, simulate
+from alexnet_triton.parallel.pipeline.work import PROCESSOR, Table, layers
+
+LayerTimes = Mapping[tuple[str, str, int], float]
 
 TASK = "simulation"
 
@@ -34,82 +35,11 @@ STAGES = 2
 
 MICROBATCHES = (8, 4)
 
-SMALL, LARGE = 2**10, 2**22
-"""Bytes of the messages that tell a link's latency and its pace: the largest map of a microbatch is some of these."""
-
 UNEVEN = 0.7
 """Of all work, what the second cut gives one of the stages."""
 
 WARM = 1
 """Rounds that do not count."""
-
-
-class Costs(NamedTuple):
-    """What a process measures of the parts of a step."""
-
-    times: dict[tuple[str, str, int], float]
-    """Seconds of layers, as of `measuring.measure`."""
-    pace: float
-    """Bytes a second that adding gradients up moves."""
-
-
-# --- in the processes -------------------------------------------------------------------------------------------------
-
-
-def costs_of(process: Process, work: Work, sizes: Sequence[int]) -> Costs:
-    """Time the layers for microbatches of some sizes; all processes do so at once.
-
-    Args:
-        process: this one.
-        work: whose network it is.
-        sizes: images of a microbatch.
-    """
-    from alexnet_triton.parallel.pipeline.measuring import measure
-
-    if "layers" not in process.kept:
-        process.kept["layers"] = parallel_steps.network(process, work)
-    model = process.kept["layers"]
-    process.barrier()
-    times: dict[tuple[str, str, int], float] = {}
-    for size in sizes:
-        times |= measure(model, torch.randn(size, 3, work.side, work.side), 0.0)
-    largest = max(model.parameters(), key=torch.Tensor.numel).detach()
-    total, more = torch.zeros_like(largest), torch.zeros_like(largest)
-    return Costs(times, 3 * largest.nbytes / _median(lambda: total.add_(more), 5))
-
-
-def transfers(process: Process) -> list[float]:
-    """Seconds of a small and of a large message from the first process to the second."""
-    found = []
-    for size in (SMALL, LARGE):
-        message = torch.zeros(size, dtype=torch.uint8)
-
-        def there_and_back(message: torch.Tensor = message) -> None:
-            for sender in (0, 1):
-                (dist.send if process.world.rank == sender else dist.recv)(message, 1 - process.world.rank)
-
-        process.barrier()
-        found.append(_median(there_and_back, 11) / 2)
-    return found
-
-
-def traced_step(process: Process, name: str) -> tuple[float, list[Block]]:
-    """Seconds of a step, and when its work was done, in the process that leads."""
-    seconds = parallel_steps.seconds_of(process, name, 1)
-    trainer: Trainer = process.kept[name]
-    return seconds, trainer.engine.trace_blocks()  # type: ignore[attr-defined]
-
-
-def _median(function: Callable[[], Any], times: int) -> float:
-    taken = []
-    for _ in range(times + 2):
-        start = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[2:])
-
-
-# --- what is compared -------------------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
@@ -133,41 +63,67 @@ class Run(NamedTuple):
 class Round(NamedTuple):
     """What a round has measured."""
 
-    costs: list[Costs]
-    """By process."""
+    costs: dict[tuple[str, int], list[Costs]]
+    """By cut and images of a microbatch: of each stage."""
     link: Link
     steps: dict[Run, tuple[float, Timeline]]
     """Seconds of a step, and its work."""
 
 
+class Simulated(NamedTuple):
+    """What a round's times come to in theory."""
+
+    step: float
+    timeline: Timeline
+
+
+# --- a round ----------------------------------------------------------------------------------------------------------
+
+
 def rows_of(work: Work, plan: Plan, microbatches: Sequence[int] = MICROBATCHES) -> list[dict[str, Any]]:
     """A row for each schedule, number of microbatches and cut: what is simulated, what is real, and their ratio.
 
-    One cut is the best for the times of the layers; the other one leaves a process idle.
+    One cut is the best by the times of the layers; the other one, for the first number of microbatches alone, leaves a
+    process idle.
 
     Args:
         work: what is trained.
         plan: device and rounds.
-        microbatches: of the batch; the first of them is what the cuts are chosen for.
+        microbatches: of the batch.
     """
-    sizes = sorted({_size(work, count) for count in microbatches})
     with Processes(STAGES, plan.device.type) as group:
-        cuts = _cuts(work, group.call(costs_of, work, sizes)[0], _link(group.call(transfers)), microbatches[0])
-        runs = [Run(schedule, count, cut) for cut in cuts for count in microbatches for schedule in SCHEDULES]
+        best, uneven = cuts(work, microbatches[0], group.call(layer_times, work, microbatches[0])[0])
+        pairs = [(count, best) for count in microbatches] + [(microbatches[0], uneven)]
+        runs = [Run(schedule, count, cut) for count, cut in pairs for schedule in SCHEDULES]
         for run in runs:
             group.call(parallel_steps.prepare, run.name, run.layout, work, True)
-        rounds = [_round(group, work, sizes, runs, number) for number in range(WARM + plan.rounds)][WARM:]
+        rounds = [_round(group, work, runs, number) for number in range(WARM + plan.rounds)][WARM:]
     return [_row(work, run, rounds, drawn=run in runs[: len(SCHEDULES)]) for run in runs]
 
 
-def _round(group: Processes, work: Work, sizes: Sequence[int], runs: Sequence[Run], number: int) -> Round:
-    """Measure everything once, the pipelines in another order each time."""
-    steps = {}
-    turn = number % len(runs)
-    for run in [*runs[turn:], *runs[:turn]]:
-        answers = group.call(traced_step, run.name)
-        steps[run] = max(seconds for seconds, _ in answers), Timeline(tuple(answers[0][1]))
-    return Round(group.call(costs_of, work, sizes), _link(group.call(transfers)), steps)
+def layer_times(process: Process, work: Work, microbatches: int) -> LayerTimes:
+    """Seconds of the layers for a microbatch."""
+    images = torch.randn(_size(work, microbatches), 3, work.side, work.side)
+    return measure(parallel_steps.network(process, work), images, seconds=0.0)
+
+
+def cuts(work: Work, microbatches: int, times: LayerTimes) -> tuple[str, str]:
+    """The best cut, and the one at which a stage has about `UNEVEN` of the work.
+
+    Args:
+        work: what is trained.
+        microbatches: of the batch.
+        times: of the layers, as of `layer_times`.
+    """
+    model = checks.network(work.variant, work.scale, torch.device("meta"), work.dtype, dropout=0.5)
+    shape = (_size(work, microbatches), 3, work.side, work.side)
+    found = layers(model, shape, Table(times, PROCESSOR), PROCESSOR, work.dtype)
+    best = best_cuts(found, STAGES, microbatches, "1f1b", LINKS["loopback"])[0]
+    shares = {}
+    for each in cut_table(found, microbatches, "1f1b", LINKS["loopback"]):
+        busy = [part.forward + part.backward for part in each.parts]
+        shares[each.at[0]] = max(busy) / sum(busy)
+    return best, min((name for name in shares if name != best), key=lambda name: abs(shares[name] - UNEVEN))
 
 
 def _size(work: Work, microbatches: int) -> int:
@@ -175,40 +131,48 @@ def _size(work: Work, microbatches: int) -> int:
     return -(-work.batch // microbatches)
 
 
-def _link(seconds: Sequence[Sequence[float]]) -> Link:
-    """What joins the processes, as `transfers` found it."""
+def _round(group: Processes, work: Work, runs: Sequence[Run], number: int) -> Round:
+    """Measure everything once, the pipelines in another order each time."""
+    steps = {}
+    turn = number % len(runs)
+    for run in [*runs[turn:], *runs[:turn]]:
+        answers = group.call(traced_step, run.name)
+        steps[run] = max(seconds for seconds, _ in answers), Timeline(tuple(answers[0][1]))
+    stages = dict.fromkeys((run.cut, _size(work, run.microbatches)) for run in runs)
+    costs = {stage: group.call(parallel_stages.costs_of, work, *stage) for stage in stages}
+    return Round(costs, link_of(group.call(parallel_stages.transfers)), steps)
+
+
+def traced_step(process: Process, name: str) -> tuple[float, list[Block]]:
+    """Seconds of a step, and when its work was done, in the process that leads."""
+    seconds = parallel_steps.seconds_of(process, name, 1)
+    trainer: Trainer = process.kept[name]
+    return seconds, trainer.engine.trace_blocks()  # type: ignore[attr-defined]
+
+
+def link_of(seconds: Sequence[Sequence[float]]) -> Link:
+    """What joins the processes, as `parallel_stages.transfers` found it."""
     small, large = seconds[0]
     return Link("measured", (LARGE - SMALL) / max(large - small, 1e-9), small)
 
 
-def _layers(work: Work, costs: Costs, microbatches: int) -> tuple[Layer, ...]:
-    """The layers with their costs for a microbatch, as a process has measured them."""
-    model = checks.network(work.variant, work.scale, torch.device("meta"), work.dtype, dropout=0.5)
-    roofs = Roofs(float("inf"), costs.pace)  # of products nothing is left to estimate
-    shape = (_size(work, microbatches), 3, work.side, work.side)
-    return layers(model, shape, Table(costs.times, roofs), roofs, work.dtype)
+def simulated(run: Run, costs: Sequence[Costs], link: Link) -> Simulated:
+    """A step as the schedule and the times of stages and link have it.
 
+    Args:
+        run: which pipeline.
+        costs: of each stage, for a microbatch.
+        link: between the two.
+    """
 
-def _cuts(work: Work, costs: Costs, link: Link, microbatches: int) -> tuple[str, str]:
-    """The best cut, and another: the one that gives one of the stages about `UNEVEN` of the work."""
-    found = _layers(work, costs, microbatches)
-    best = best_cuts(found, STAGES, microbatches, SCHEDULES[1], link)[0]
-    shares = {}
-    for each in cut_table(found, microbatches, SCHEDULES[1], link):
-        busy = [part.forward + part.backward for part in each.parts]
-        shares[each.at[0]] = max(busy) / sum(busy)
-    return best, min((name for name in shares if name != best), key=lambda name: abs(shares[name] - UNEVEN))
+    def seconds(action: Action) -> float:
+        return costs[action.stage].work[action.kind, action.microbatch > 0]
 
+    def transfer(action: Action) -> float:
+        return link.seconds(costs[0].sent)  # there the map, back its gradient
 
-def simulated(work: Work, run: Run, costs: Sequence[Costs], link: Link) -> Pipeline:
-    """A pipeline as `pipeline plan` has it, the layers of each stage as its own process has measured them."""
-    own = [
-        pipeline(
-            _layers(work, each, run.microbatches), (run.cut,), run.microbatches, run.schedule, link, images=work.batch
-        )
-        for each in costs
-    ]
-    return replace(own[0], parts=tuple(each.parts[place] for place, each in enumerate(own)))
+    timeline = simulate(run.schedule, STAGES, run.microbatches, seconds, transfer)
+    return Simulated(max(timeline.end(stage) + each.update for stage, each in enumerate(costs)), timeline)
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
@@ -216,7 +180,7 @@ def simulated(work: Work, run: Run, costs: Sequence[Costs], link: Link) -> Pipel
 
 def _row(work: Work, run: Run, rounds: Sequence[Round], drawn: bool) -> dict[str, Any]:
     """What all rounds together say of a pipeline; with `drawn`, the work of the round in the middle too."""
-    plans = [simulated(work, run, each.costs, each.link) for each in rounds]
+    theory = [simulated(run, each.costs[run.cut, _size(work, run.microbatches)], each.link) for each in rounds]
     steps = [each.steps[run][0] for each in rounds]
     timelines = [each.steps[run][1] for each in rounds]
     bubbles = [timeline.bubble for timeline in timelines]
@@ -226,24 +190,24 @@ def _row(work: Work, run: Run, rounds: Sequence[Round], drawn: bool) -> dict[str
         "times": {OURS: summary(steps)},
         "bubble": summary(bubbles),
         "simulated": {
-            "step": statistics.median(each.step for each in plans),
-            "bubble": statistics.median(each.timeline.bubble for each in plans),
+            "step": statistics.median(each.step for each in theory),
+            "bubble": statistics.median(each.timeline.bubble for each in theory),
         },
         "ratio": {
-            "step": statistics.median(real / each.step for real, each in zip(steps, plans, strict=True)),
+            "step": statistics.median(real / each.step for real, each in zip(steps, theory, strict=True)),
             "bubble": statistics.median(
-                real / each.timeline.bubble for real, each in zip(bubbles, plans, strict=True)
+                real / each.timeline.bubble for real, each in zip(bubbles, theory, strict=True)
             ),
         },
         "work": {
-            "simulated": _work([each.timeline for each in plans]),
+            "simulated": _work([each.timeline for each in theory]),
             "real": _work(timelines),
         },
     }  # fmt: skip
     if drawn:
         middle = min(range(len(rounds)), key=lambda number: abs(bubbles[number] - statistics.median(bubbles)))
         row["blocks"] = {
-            "simulated": _plain(plans[middle].timeline), "real": _plain(timelines[middle])
+            "simulated": _plain(theory[middle].timeline), "real": _plain(timelines[middle])
         }  # fmt: skip
     return row
 

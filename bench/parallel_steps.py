@@ -82,6 +82,11 @@ def classes_of(model: AlexNet) -> int:
     return last.out_features
 
 
+def update_rule(module: nn.Module, work: Work) -> Rule:
+    """What `train` updates parameters by, at a rate that leaves them what they are."""
+    return Rule(module, Settings(lr=1e-6, crop=work.side, amp=work.dtype != torch.float32))
+
+
 def prepare(process: Process, name: str, layout: Layout, work: Work, trace: bool = False) -> str:
     """Share a network out, to be kept under a name.
 
@@ -110,7 +115,7 @@ def prepare(process: Process, name: str, layout: Layout, work: Work, trace: bool
         engine = layout.engine(model, here, batch, side)
     if device.type == "cuda":
         engine.module.to(memory_format=torch.channels_last)
-    rule = Rule(engine.module, Settings(lr=1e-6, crop=side, amp=work.dtype != torch.float32))
+    rule = update_rule(engine.module, work)
     generator = torch.Generator().manual_seed(21)
     images = torch.randn(work.batch, 3, side, side, generator=generator)
     share = here.share(torch.arange(work.batch))

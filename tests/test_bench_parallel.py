@@ -13,10 +13,21 @@ import pytest
 import torch
 
 from alexnet_triton import cli, use_backend
-from alexnet_triton.bench import benchmark, checks, gpu, parallel, parallel_checks, parallel_simulation, readme, results
+from alexnet_triton.bench import (
+    benchmark,
+    checks,
+    gpu,
+    parallel,
+    parallel_checks,
+    parallel_simulation,
+    parallel_stages,
+    readme,
+    results,
+)
 from alexnet_triton.bench.checks import Absent
 from alexnet_triton.bench.parallel_processes import Processes, ProcessesFailed
-from alexnet_triton.bench.parallel_simulation import Costs, Run
+from alexnet_triton.bench.parallel_simulation import Run
+from alexnet_triton.bench.parallel_stages import Costs
 from alexnet_triton.bench.parallel_steps import Work
 from alexnet_triton.bench.parallel_traffic import Traffic
 from alexnet_triton.bench.plans import Plan
@@ -26,13 +37,11 @@ from alexnet_triton.parallel.layout import Layout
 from alexnet_triton.parallel.pipeline.costs import Link
 from alexnet_triton.parallel.pipeline.local import LocalPipeline
 from alexnet_triton.parallel.pipeline.schedules import order
-from alexnet_triton.parallel.pipeline.simulation import simulate
 
 CPU = torch.device("cpu")
 SMALL = checks.TINY._replace(thin=16)
 WORK = Work("paper", 8, torch.float32, SMALL)
 PLAN = Plan(CPU, ("paper",), (8,), (torch.float32,), 1, scale=SMALL)
-SIZE = 2
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -224,40 +233,37 @@ def test_a_layout_that_fails_takes_nothing_from_the_others(monkeypatch):
 # --- simulation -------------------------------------------------------------------------------------------------------
 
 
-def costs(seconds, pace=1e9):
-    """Of layers that all take so long in each direction."""
-    names = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "avgpool", "fc6", "fc7", "fc8"]
-    directions = ("forward", "input gradient", "weight gradient")
-    return Costs({(name, direction, SIZE): seconds for name in names for direction in directions}, pace)
+def costs(forward, backward, update, sent=1000):
+    """Of a stage; the first microbatch's backward pass takes a tenth of a second less."""
+    work = {("F", later): forward for later in (False, True)}
+    work |= {("B", later): backward - (0.0 if later else 0.1) for later in (False, True)}
+    return Costs(work, update, sent)
 
 
 def test_a_stage_costs_what_its_own_process_has_measured():
-    run = Run("gpipe", 4, "features.6")
-    plan = parallel_simulation.simulated(WORK, run, [costs(1.0, 1e12), costs(2.0, 1e12)], Link("", 1e12, 0.0))
-    first, second = plan.parts
-    assert (first.forward, second.forward) == (4.0, 16.0)  # conv1 to pool2, conv3 to fc8
-    weights = {0: 2, 1: 6}  # layers with parameters, of each stage
-    seconds = {
-        "F": lambda stage: (4.0, 16.0)[stage],
-        "B": lambda stage: (3.0 + weights[0], 2.0 * (8 + weights[1]))[stage],
-    }
-    expected = simulate("gpipe", 2, 4, lambda action: seconds[action.kind](action.stage))
-    assert plan.timeline.bubble == pytest.approx(expected.bubble, rel=1e-4)
-    assert plan.step == pytest.approx(expected.makespan, rel=1e-4)
+    stages = [costs(1.0, 2.0, 0.25), costs(3.0, 5.0, 0.5)]
+    found = parallel_simulation.simulated(Run("gpipe", 2, ""), stages, Link("", 1e4, 0.4))
+    # A map travels for half a second, the second one when it is asked for; then a gradient, and the first stage ends.
+    assert found.timeline.makespan == pytest.approx(1 + (0.5 + 3) * 2 + (2 * 5 - 0.1) + 0.5 + 2)
+    assert found.timeline.busy(0) == pytest.approx(2 * 1 + 2 * 2 - 0.1)
+    assert found.step == pytest.approx(found.timeline.makespan + 0.25)
+    slow_update = [stages[0], stages[1]._replace(update=9.0)]
+    late = parallel_simulation.simulated(Run("gpipe", 2, ""), slow_update, Link("", 1e4, 0.4))
+    assert late.step == pytest.approx(found.timeline.end(1) + 9.0)
 
 
-def test_the_second_cut_leaves_a_process_idle():
-    best, other = parallel_simulation._cuts(WORK, costs(1e-3), Link("", 1e9, 1e-5), 4)
-    bubbles = [
-        parallel_simulation.simulated(WORK, Run("1f1b", 4, cut), [costs(1e-3)] * 2, Link("", 1e9, 1e-5)).timeline.bubble
-        for cut in (best, other)
-    ]
-    assert bubbles[1] > bubbles[0] + 0.1
+def test_one_cut_balances_the_layers_times_and_the_other_does_not():
+    names = ["conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5", "avgpool", "fc6", "fc7", "fc8"]
+    directions = ("forward", "input gradient", "weight gradient")
+    times = {(name, direction, 2): 1e-3 * (1 + 9 * (name == "conv4")) for name in names for direction in directions}
+    best, uneven = parallel_simulation.cuts(WORK, 4, times)
+    # 12 ms are before conv4, 30 in it, 16 behind it, of which pool5 begins after 3: 45 of 58 are the nearest to 70 %.
+    assert (best, uneven) == ("features.10", "features.12")
 
 
 def test_a_links_pace_and_latency_come_from_two_messages():
-    small, large = parallel_simulation.SMALL, parallel_simulation.LARGE
-    link = parallel_simulation._link([[1e-4 + small / 1e9, 1e-4 + large / 1e9], [5.0, 5.0]])
+    small, large = parallel_stages.SMALL, parallel_stages.LARGE
+    link = parallel_simulation.link_of([[1e-4 + small / 1e9, 1e-4 + large / 1e9], [5.0, 5.0]])
     assert link.bytes_per_second == pytest.approx(1e9)
     assert link.seconds(large) == pytest.approx(1e-4 + large / 1e9, rel=1e-3)
 
@@ -323,7 +329,7 @@ def test_simulated_and_real_pipelines_do_the_same_work(result):
     rows = [row for row in result["rows"] if row["task"] == parallel_simulation.TASK]
     assert [(row["schedule"], row["microbatches"]) for row in rows] == [
         (schedule, 4) for schedule in ("gpipe", "1f1b", "zero-bubble")
-    ] * 2
+    ] * 2  # at the one cut, and at the other
     assert len({row["cut"] for row in rows}) == 2
     for row in rows:
         assert 0 < row["bubble"]["median"] < 1
