@@ -63,7 +63,17 @@ def network(dropout=0.5, seed=0, variant="torchvision"):
 
 
 def training(
-    folder, model=None, here=None, learn=None, held_out=None, workers=2, keep=3, images=22, layout=None, **settings
+    folder,
+    model=None,
+    here=None,
+    learn=None,
+    held_out=None,
+    workers=2,
+    keep=3,
+    images=22,
+    layout=None,
+    trace=None,
+    **settings,
 ):
     """A run, not begun."""
     told = Settings(**{"epochs": 3, "batch_size": 8, "lr": 0.02, "crop": CROP, **settings})
@@ -73,7 +83,10 @@ def training(
     here = here or World(torch.device("cpu"))
     held_out = held_out or patterns(10, seed=1)
     checkpoints, layout = Checkpoints(folder, keep), Layout(**(layout or {}))
-    return Training(trained, learn, held_out, told, checkpoints, here, workers=workers, layout=layout, progress=False)
+    trace = trace and Path(trace)
+    return Training(
+        trained, learn, held_out, told, checkpoints, here, workers=workers, layout=layout, trace=trace, progress=False
+    )
 
 
 def resumed(folder, **more):

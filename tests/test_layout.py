@@ -87,6 +87,19 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
     assert_equal_but_for_rounding(expected, state(tmp_path / "changing"))
 
 
+@needs_fork
+def test_a_step_of_a_real_run_is_drawn(tmp_path):
+    told = {**TOLD, "epochs": 1, "layout": PIPELINE, "trace": str(tmp_path / "step.svg")}
+    program([small_run.__file__, "run_together", tmp_path / "run", json.dumps(told), "2"])
+    drawn = (tmp_path / "step.svg").read_text()
+    for words in (
+        "AlexNet (torchvision), 8 images in microbatches of 3, 2 stages, 1f1b",
+        "stage 1",
+        "One step of a real run",
+    ):
+        assert words in drawn
+
+
 def test_layouts_that_contradict_themselves_are_refused():
     for told, message in [
         ({"towers": True, "hybrid": True}, "--towers and --hybrid are different ways"),

@@ -116,6 +116,8 @@ def _add_layout(train: argparse.ArgumentParser) -> None:
     group.add_argument("--schedule", choices=SCHEDULE_NAMES, default="1f1b", help=f"order of their work; {DEFAULT}")
     cut = "layers that begin a stage, but for the first, as in conv4; default: chosen by time, traffic and memory"
     group.add_argument("--cut", nargs="+", default=(), metavar="LAYER", help=cut)
+    trace = "draw one step of a pipeline: when each stage worked on what"
+    group.add_argument("--trace", type=Path, metavar="FILE.png", help=trace)
     group.add_argument("--towers", action="store_true", help="half of every layer of variant paper in each of two")
     hybrid = "convolutions in each, fully connected layers shared out (Krizhevsky 2014)"
     group.add_argument("--hybrid", action="store_true", help=hybrid)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine
+from alexnet_triton.parallel.pipeline import schedules
 from alexnet_triton.parallel.replicas import Replicas
 from alexnet_triton.parallel.world import World
 
@@ -43,6 +44,8 @@ class Layout:
             raise ValueError(
                 f"a pipeline has at least 1 stage and 1 microbatch, got {self.pipeline} and {self.microbatches}"
             )
+        if self.pipeline > 1:
+            schedules.check(self.schedule, self.pipeline, self.microbatches)
         if self.cut and self.pipeline == 1:
             raise ValueError("--cut says where a pipeline's stages begin: add --pipeline STAGES")
 
@@ -83,6 +86,11 @@ class Layout:
                 microbatches=self.microbatches,
                 schedule=self.schedule,
                 at=self.cut or "auto",
+            )
+        if world.size == 1:
+            raise ValueError(
+                "--hybrid shares the network out among processes, and this one is alone: start several, as in torchrun "
+                "--nproc-per-node 2 -m alexnet_triton train"
             )
         from alexnet_triton.parallel.shared import HybridEngine, TowersEngine
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from alexnet_triton.backend import current_backend
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
+from alexnet_triton.parallel.gradients import sum_gradients
 from alexnet_triton.parallel.pipeline import runtime, schedules
 from alexnet_triton.parallel.pipeline.masks import Masks
 from alexnet_triton.parallel.pipeline.microbatches import accepted, filled_up
+from alexnet_triton.parallel.pipeline.names import described
 from alexnet_triton.parallel.pipeline.simulation import Block
 from alexnet_triton.parallel.pipeline.stages import Stage, dropouts, split
 from alexnet_triton.parallel.world import PLACE, REPLICA, World
@@ -46,7 +48,8 @@ class PipelineEngine(Engine):
         schedule: order of the work, of `schedules.SCHEDULES`. `zero-bubble` moves gradients of parameters only where
             torch computes them apart (`runtime.comes_in_halves`), which is not on Triton.
         at: where the network is cut, as of `split`.
-        trace: note when each piece of work of a step began and ended (`trace_blocks`), which makes a GPU wait for each.
+        trace: note when each piece of work of a step began and ended (`trace_blocks`), which makes a GPU wait for each;
+            `engine.trace.on` changes it from step to step.
 
     Raises:
         ValueError: the network cannot be cut like this, the schedule does not take so many microbatches, or a parameter
@@ -83,9 +86,11 @@ class PipelineEngine(Engine):
         self.stream, self.streams = world.replica, world.replicas
         mesh = world.mesh()
         self._places, self._replicas = mesh.get_group(PLACE), mesh.get_group(REPLICA)
+        parts = "; ".join(described(stage.names) for stage in self.stages)
+        self.description = f"in {len(self.stages)} stages ({parts}), {schedule} of {microbatches} microbatches"
         self._masks: Masks | None = None
         self._total = 1
-        self._blocks: list[Block] | None = [] if trace else None
+        self.trace = runtime.Trace(trace)
         self._prepared: dict[Any, tuple[runtime.Runner, Any]] = {}
 
     # --- work ---------------------------------------------------------------------------------------------------------
@@ -97,8 +102,7 @@ class PipelineEngine(Engine):
             ValueError: images or stage are not where or what they should be.
         """
         self._check(images, len(labels))
-        if self._blocks is not None:
-            self._blocks.clear()
+        self.trace.blocks.clear()
         if self._masks is None:  # parameters may have got another dtype since they were cut
             self._masks = Masks(self._dropouts, self.world.device, _dtype(self.module))
         self._masks.draw(len(labels))
@@ -108,7 +112,7 @@ class PipelineEngine(Engine):
             self._total = total
             counted += self._run(images, labels)
         if self.world.replicas > 1:
-            self._sum_over_replicas()
+            sum_gradients(self.module.parameters(), self._replicas)
         for parameter, gradient in before.items():
             assert parameter.grad is not None
             parameter.grad += gradient
@@ -179,7 +183,7 @@ class PipelineEngine(Engine):
             before = self.stages[: self.world.place]
             learns_before = any(parameter.requires_grad for stage in before for parameter in stage.parameters())
             halves = self.reads or runtime.comes_in_halves(self.module, self.world.device, learns_before)
-            runner = self._runner(self.schedule != "zero-bubble" or halves, self._blocks)
+            runner = self._runner(self.schedule != "zero-bubble" or halves, self.trace)
             self._prepared[key] = runner, runtime.schedule_of(self.schedule, runner, microbatches, self._loss)
         return self._prepared[key]
 
@@ -187,15 +191,15 @@ class PipelineEngine(Engine):
         """Likewise, forward alone."""
         key = (microbatches, _autocast(self.world.device))
         if key not in self._prepared:
-            runner = self._runner(True, None)
+            runner = self._runner(True, runtime.Trace(False))
             self._prepared[key] = runner, runtime.forward_only(runner, microbatches)
         return self._prepared[key]
 
-    def _runner(self, halves: bool, blocks: list[Block] | None) -> runtime.Runner:
+    def _runner(self, halves: bool, trace: runtime.Trace) -> runtime.Runner:
         world = self.world
         return runtime.Runner(
             self.module, world.place, world.per_replica, world.device, self._places,
-            size=self.size, halves=halves, blocks=blocks,
+            size=self.size, halves=halves, trace=trace,
         )  # fmt: skip
 
     def _check(self, images: Tensor | None, count: int) -> None:
@@ -233,17 +237,6 @@ class PipelineEngine(Engine):
         for parameter in taken:
             parameter.grad = None
         return taken
-
-    def _sum_over_replicas(self) -> None:
-        """Sum the gradients of all copies of this stage, those too that have seen no image."""
-        gradients: list[Tensor] = []
-        for parameter in self._learning():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        works = [dist.all_reduce(gradient, group=self._replicas, async_op=True) for gradient in gradients]
-        for work in works:
-            work.wait()
 
     # --- the whole ----------------------------------------------------------------------------------------------------
 
@@ -290,11 +283,11 @@ class PipelineEngine(Engine):
         Raises:
             RuntimeError: nothing was traced.
         """
-        if self._blocks is None:
-            raise RuntimeError("the engine has noted no times: make it with trace=True")
+        if not self.trace.blocks:
+            raise RuntimeError("no times of a step were noted: make the engine with trace=True, or set engine.trace.on")
         if self.world.replica:
             return []
-        gathered = self._gathered(self._blocks)
+        gathered = self._gathered(self.trace.blocks)
         return [Block(*block) for blocks in gathered for block in blocks] if self.world.leads else []
 
     def _gathered(self, value: Any) -> list[Any]:

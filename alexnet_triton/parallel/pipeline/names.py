@@ -47,3 +47,9 @@ def place(name: str, names: Sequence[str]) -> int:
     if module not in names[1:]:
         raise ValueError(f"no stage can begin at {name!r}: choose of {', '.join(names[1:])}, or of conv2 to fc8")
     return names.index(module)
+
+
+def described(names: Sequence[str]) -> str:
+    """What layers of these names, consecutive ones, are: the paper's names of the first and the last that it names."""
+    known = [NAMES[name] for name in names if name in NAMES] or list(names)
+    return known[0] if len(known) == 1 else f"{known[0]} to {known[-1]}"

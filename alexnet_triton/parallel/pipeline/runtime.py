@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +17,15 @@ from alexnet_triton.backend import takes_triton
 from alexnet_triton.fusion import FusedSequential, fits
 from alexnet_triton.parallel.pipeline.simulation import Block
 from alexnet_triton.parallel.pipeline.stages import Stage
+
+
+@dataclass
+class Trace:
+    """When the work of a step was done. On a GPU each piece is then waited for, and so is all before it."""
+
+    on: bool
+    """Whether it is noted."""
+    blocks: list[Block] = field(default_factory=list)
 
 
 class Runner(PipelineStage):
@@ -30,8 +40,7 @@ class Runner(PipelineStage):
         size: images of a microbatch.
         halves: whether the gradients of input and of parameters are computed apart, where the schedule does so. Else
             both are computed at the input's turn.
-        blocks: takes the times of what runs, where they are wanted. On a GPU each block is then waited for, and so is
-            all before it.
+        trace: takes the times of what runs.
     """
 
     def __init__(
@@ -44,12 +53,12 @@ class Runner(PipelineStage):
         *,
         size: int,
         halves: bool,
-        blocks: list[Block] | None,
+        trace: Trace,
     ) -> None:
         super().__init__(
             _Called(stage), number, stages, device, group=group, dw_builder=None if halves else lambda: _nothing_left
         )  # fmt: skip
-        self._stage, self._size, self._blocks = stage, size, blocks
+        self._stage, self._size, self._trace = stage, size, trace
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one microbatch."""
@@ -70,12 +79,12 @@ class Runner(PipelineStage):
 
     @contextmanager
     def _timed(self, kind: str, microbatch: int) -> Iterator[None]:
-        if self._blocks is None:
+        if not self._trace.on:
             yield
             return
         start = self._now()
         yield
-        self._blocks.append(Block(self.group_rank, self.stage_index, kind, microbatch, start, self._now()))
+        self._trace.blocks.append(Block(self.group_rank, self.stage_index, kind, microbatch, start, self._now()))
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -39,6 +39,10 @@ from alexnet_triton.recipe.trained import Trained
 FLAT_STEPS = 2000
 """Steps after which a loss that is still that of guessing is warned about; of small sets of images fewer."""
 
+TRACED = 8
+"""Number of the step that is drawn, when all has been made that the first steps make; of a short epoch the last whole
+step."""
+
 FEW_STEPS = 100
 """The fewest, after three epochs; and so many losses are averaged."""
 
@@ -59,6 +63,7 @@ class Training:
         checkpoints: where it is written.
         world: the processes that share it.
         layout: how they hold the network.
+        trace: where to draw one step of a pipeline: when each stage worked on what.
         workers: threads that read images.
         print_freq: steps from one look at the loss to the next on a GPU, which is not waited for in between.
         compiled: compile the network with `torch.compile`.
@@ -80,6 +85,7 @@ class Training:
         workers: int = 2,
         print_freq: int = 10,
         layout: Layout | None = None,
+        trace: Path | None = None,
         compiled: bool = False,
         progress: bool = True,
     ) -> None:
@@ -111,6 +117,7 @@ class Training:
         self._unread: list[Tensor] = []
         """Of each step since the last look: the loss, and the right guesses, of this process's images."""
         self._record: Record | None = None
+        self._trace = trace
         self._signals = StopSignals(insist=world.size == 1)
         self._mark = 0.0
         self._epoch_began = (0.0, 0.0)
@@ -217,7 +224,14 @@ class Training:
         """
         labels = labels.to(self.world.device, non_blocking=True)
         self.rule.optimizer.zero_grad(set_to_none=True)
-        counted = self.engine.step(None if images is None else self.augment(images, draws), labels, total)
+        images = None if images is None else self.augment(images, draws)
+        if self._trace is not None and self.step == max(0, min(TRACED, len(self.learn) // self.batch - 1)):
+            from alexnet_triton.parallel.pipeline.tracing import draw_step
+
+            counted = draw_step(self.engine, images, labels, total, self._trace)  # type: ignore[arg-type]
+            self._trace = None
+        else:
+            counted = self.engine.step(images, labels, total)
         if self.settings.clip_grad_norm is not None:
             self.engine.clip_gradients(self.settings.clip_grad_norm)
         self.rule.optimizer.step()

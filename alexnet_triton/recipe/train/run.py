@@ -14,6 +14,7 @@ from torch import nn
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.pipeline.picture import check_path
 from alexnet_triton.parallel.watch import ProcessLost
 from alexnet_triton.parallel.world import World, world
 from alexnet_triton.recipe.augment import centre
@@ -64,6 +65,8 @@ class Options:
     compiled: bool = False
     layout: Layout = field(default_factory=Layout)
     """How several processes hold the network."""
+    trace: Path | None = None
+    """Where to draw one step of a pipeline."""
     device: str | None = None
     settings: Settings = field(default_factory=Settings)
     """Its `crop` is decided here."""
@@ -80,6 +83,10 @@ def run(options: Options, *, progress: bool = True) -> History:
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint has been written.
         ProcessLost: another process of the run has died, hangs or has failed.
     """
+    if options.trace is not None:
+        check_path(options.trace)
+        if options.layout.pipeline == 1:
+            raise ValueError(f"--trace {options.trace} draws a step of a pipeline: add --pipeline STAGES")
     with _joined(options, options.layout.per_replica) as here:
         return _run(options, here, progress)
 
@@ -120,6 +127,7 @@ def _run(options: Options, here: World, progress: bool) -> History:
             workers=options.workers,
             print_freq=options.print_freq,
             layout=options.layout,
+            trace=options.trace,
             compiled=options.compiled,
             progress=progress,
         )
