@@ -88,6 +88,27 @@ def test_a_run_goes_on_in_another_layout(tmp_path):
 
 
 @needs_fork
+def test_mixed_precision_is_that_of_one_process_to_bfloat16s_rounding(tmp_path):
+    told = {**TOLD, "epochs": 1, "amp": True}
+    paper = {**told, "variant": "paper"}
+    runs = {
+        "pipeline": ({**told, "layout": PIPELINE}, 2),
+        "towers": ({**paper, "layout": {"towers": True}}, 2),
+        "hybrid": ({**told, "batch_size": 4, "layout": {"hybrid": True}}, 2),
+    }
+    program([small_run.__file__, "run_each_together", tmp_path, json.dumps(runs)])
+    alone, in_towers = (of_one_process(tmp_path / name, one) for name, one in (("one", told), ("paper", paper)))
+    for name in runs:
+        expected, found = in_towers if name == "towers" else alone, state(tmp_path / name)
+        ours, theirs = (run["training"]["history"]["step_loss"] for run in (found, expected))
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=0.02)
+        for key, value in expected["model"].items():
+            assert value.dtype == found["model"][key].dtype == torch.float32
+            assert (value - found["model"][key]).norm() < 0.1 * value.norm(), (name, key)
+
+
+@needs_fork
 def test_a_step_of_a_real_run_is_drawn(tmp_path):
     told = {**TOLD, "epochs": 1, "layout": PIPELINE, "trace": str(tmp_path / "step.svg")}
     program([small_run.__file__, "run_together", tmp_path / "run", json.dumps(told), "2"])
