@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from alexnet_triton.bench import (
     parallel_checks,
     parallel_simulation,
     parallel_stages,
+    plots,
     readme,
     results,
 )
@@ -355,6 +357,45 @@ def test_the_table_says_all(result, capsys):
     assert "simulation, paper, float32, batch 8" in text
     assert "2: 1f1b, 4 microbatches, cut at" in text
     assert max(map(len, lines)) <= 120
+
+
+def drawn(content, out):
+    """The texts of what `plot schedules` draws of a file's content."""
+    results.write(out / "parallel.json", content)
+    written = plots.run("schedules", [out / "parallel.json"], out)
+    assert [path.suffix for path in written] == [".png", ".svg"]
+    return re.findall(r"<(?:text|tspan)[^>]*>([^<]+)<", written[1].read_text())
+
+
+def test_the_picture_shows_each_schedule_simulated_and_real(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 36)
+    found = drawn(result, tmp_path)
+    for which in ("simulated", "real"):
+        for stage in (0, 1):
+            assert found.count(f"{which}, stage {stage}") == 3
+    for row in [row for row in result["rows"] if "blocks" in row]:
+        assert any(
+            text.startswith(f"{row['layout']}: bubble {row['bubble']['median']:.1%}, simulated") for text in found
+        )
+    assert {"forward", "backward", "input gradient", "weight gradient", "idle"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sentence"),
+    [
+        (None, "has no traced pipeline; `bench parallel` traces them on a CPU"),
+        ({"simulated": [[0, 0, "F", 0, 0.0, 1.0]]}, 'must have "simulated" and "real"'),
+        ({"simulated": [[0, 0, "X", 0, 0.0, 1.0]], "real": []}, "each a list of process, stage, kind"),
+        ({"simulated": [[0, 0, "F", 0, 0.0, "1"]], "real": []}, "each a list of process, stage, kind"),
+        ({"simulated": [[0, 0, "F", 0, 1.0, 1.0]], "real": []}, "each a list of process, stage, kind"),
+        ({"simulated": [0, 1], "real": []}, "run bench parallel again"),
+    ],
+)
+def test_a_file_without_blocks_is_no_picture(blocks, sentence, result, tmp_path):
+    row = next(row for row in result["rows"] if "blocks" in row)
+    row = {name: value for name, value in row.items() if name != "blocks"} | ({"blocks": blocks} if blocks else {})
+    with pytest.raises(ValueError, match=sentence):
+        drawn({**result, "rows": [row]}, tmp_path)
 
 
 # --- make gpu ---------------------------------------------------------------------------------------------------------

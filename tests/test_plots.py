@@ -393,7 +393,7 @@ def test_a_wrong_file_is_refused_in_a_sentence(tmp_path, content, sentence):
 def test_a_missing_file_an_unknown_plot_and_a_wrong_log_are_refused_too(tmp_path, draw):
     with pytest.raises(ValueError, match=r"none.json cannot be read: No such file"):
         plots.run("layers", [tmp_path / "none.json"], tmp_path)
-    with pytest.raises(ValueError, match="one of roofline, throughput, layers, tuning, got 'pie'"):
+    with pytest.raises(ValueError, match="one of roofline, throughput, layers, tuning, schedules, got 'pie'"):
         plots.run("pie", [], tmp_path)
     for wrong, sentence in (
         (trial("fast"), '"median" of its time must be positive seconds'),

@@ -22,7 +22,7 @@ from alexnet_triton.cli.words import (
     seconds,
 )
 
-PLOT_NAMES = ("roofline", "throughput", "layers", "tuning")
+PLOT_NAMES = ("roofline", "throughput", "layers", "tuning", "schedules")
 
 
 def add_info(commands: Commands) -> None:

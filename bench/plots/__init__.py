@@ -1,4 +1,4 @@
-"""Pictures of result files: `roofline`, `throughput`, `layers` and `tuning`, each written as PNG and SVG.
+"""Pictures of result files: `roofline`, `throughput`, `layers`, `tuning` and `schedules`, each as PNG and SVG.
 
 A picture shows one file's figures and names their machine, versions and method below them. It never mixes two machines,
 says where figures are a CPU's or a model's estimate, and lists what failed its check and so has no time.
@@ -18,6 +18,7 @@ from alexnet_triton.bench.plots.canvas import DPI, Drawn
 from alexnet_triton.bench.plots.files import Result, read
 from alexnet_triton.bench.plots.layers import layers
 from alexnet_triton.bench.plots.roofline import roofline
+from alexnet_triton.bench.plots.schedules import schedules
 from alexnet_triton.bench.plots.throughput import throughput
 from alexnet_triton.bench.plots.tuning import tuning
 
@@ -63,9 +64,9 @@ def run(kind: str, results: Sequence[Path] = (), out: Path = Path("bench-out")) 
 def _measure(kind: str, out: Path) -> Path:
     if kind == "tuning":
         raise ValueError("plot tuning draws a tuning log and runs no tuning itself: give the log by --results")
-    from alexnet_triton.bench import benchmark, layers, model
+    from alexnet_triton.bench import benchmark, layers, model, parallel
 
-    measured = model.BENCHMARK if kind == "throughput" else layers.BENCHMARK
+    measured = {"throughput": model.BENCHMARK, "schedules": parallel.BENCHMARK}.get(kind, layers.BENCHMARK)
     benchmark.run(measured, out)
     return out / f"{measured.name}.json"
 
@@ -94,4 +95,5 @@ PLOTS: Mapping[str, Plot] = {
     "throughput": Plot(throughput, ("model", "lpips")),
     "layers": Plot(layers, ("layers", "predict")),
     "tuning": Plot(tuning, ("tuning",)),
+    "schedules": Plot(schedules, ("parallel",)),
 }

@@ -22,6 +22,7 @@ FIELDS: Mapping[str, Mapping[str, type]] = {
     "lpips": {"task": str, "size": int, "dtype": str, "batch": int},
     "predict": {**LAYER, **WORK, "estimate": float},
     "tuning": {**LAYER, "config": dict},
+    "parallel": {"task": str, "layout": str, "processes": int, "variant": str, "dtype": str, "batch": int},
 }
 """By benchmark, what every row must have: texts, counts, and numbers, in operations, bytes and seconds."""
 
