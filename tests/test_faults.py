@@ -7,10 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import fault_runs
 import pytest
+import torch
 from small_run import equal, state
+
+from alexnet_triton.parallel.watch import ProcessLost
+from alexnet_triton.parallel.world import World
+from alexnet_triton.recipe.train import run
+from alexnet_triton.recipe.train.loop import TrainingError
+from alexnet_triton.recipe.train.signals import Interrupted
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 
@@ -101,6 +110,34 @@ def test_whatever_befalls_a_process_the_others_end_by_its_name_and_the_run_goes_
         steps = (1, 2 * each - 1)
     assert [end["code"] for end in program.call("train", tmp_path, told, processes)] == [0] * processes
     assert equal(state(tmp_path), undisturbed(name))
+
+
+@pytest.mark.parametrize(("lost", "here"), [(1, 0), (0, 1), (1, 2)])
+def test_one_process_speaks_for_a_run_and_the_others_end_with_the_same_code(lost, here, monkeypatch):
+    @contextmanager
+    def breaks(*args, **options):
+        yield World(torch.device("cpu"), here, 3)
+        raise ProcessLost("rank 1 has ended", lost, here)
+
+    monkeypatch.setattr(run, "world", breaks)
+    with pytest.raises((ProcessLost, SystemExit)) as caught, run._joined(run.Options(Path("data"))):
+        pass
+    assert isinstance(caught.value, ProcessLost) == (0 in (lost, here))
+    assert getattr(caught.value, "code", 2) == 2
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_what_ends_all_processes_alike_is_said_by_the_one_that_leads(here, monkeypatch):
+    @contextmanager
+    def alike(*args, **options):
+        yield World(torch.device("cpu"), here, 2)
+
+    monkeypatch.setattr(run, "world", alike)
+    for error, code in ((TrainingError("the loss is nan"), 2), (Interrupted("stopped", signal.SIGTERM), 143)):
+        with pytest.raises((TrainingError, Interrupted, SystemExit)) as caught, run._joined(run.Options(Path("data"))):
+            raise error
+        assert (caught.value is error) == (here == 0)
+        assert here == 0 or caught.value.code == code
 
 
 REFUSED = {

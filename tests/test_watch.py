@@ -235,11 +235,36 @@ def test_one_that_comes_when_all_are_there_does_not_harm_them():
     assert meeting.run(goes_on, goes_on) == [None, None]
 
 
+def test_a_hub_of_an_earlier_start_is_not_taken_for_this_one_s():
+    """torchrun keeps its store when it starts processes again."""
+    meeting, came = Meeting(2), []
+    get = meeting.store.get
+
+    class Remembers:
+        """A store whose first answer is that of the earlier start."""
+
+        set = meeting.store.set
+
+        def get(self, key):
+            came.append(key)
+            return b'[1, "old", "process 1 on a"]' if len(came) == 1 else get(key)
+
+    meeting.store = Remembers()
+
+    def takes_part(line):
+        begins(line)
+        line.end()
+        return line.token != "old"
+
+    assert meeting.run(takes_part, takes_part) == [True, True]
+    assert len(came) > 2
+
+
 def test_rank_0_that_cannot_be_reached_is_said():
-    meeting = Meeting(2, seconds=2)
+    meeting = Meeting(2, seconds=0.3)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    meeting.store.set("alexnet_triton/watch/0", f'[{port}, "", "process 1 on a"]')
+    meeting.store.set(watch.KEY, f'[{port}, "", "process 1 on a"]')
     with pytest.raises(RuntimeError, match=r"rank 1 of 2 cannot reach rank 0 at '127.0.0.1' \(.*refused.*\): see what"):
         meeting.watch(1)
     assert not [thread for thread in threading.enumerate() if thread.name in ("Watch", "Hub")]
@@ -261,6 +286,13 @@ def test_other_programs_that_speak_to_the_hub_are_not_heard(words):
         line.end()
 
     assert Meeting(2).run(is_visited, goes_along) == [None, None]
+
+
+def test_the_hub_listens_where_others_know_its_machine():
+    """A machine's own name may mean a loopback address there."""
+    for host, addresses in (("127.0.0.1", {"127.0.0.1"}), (socket.gethostname(), {"::", "0.0.0.0"})):
+        with hub._server(host) as server:
+            assert server.getsockname()[0] in addresses
 
 
 def test_a_process_that_was_asked_to_stop_waits_for_one_that_still_writes():
@@ -285,6 +317,18 @@ def test_one_that_alone_was_asked_to_stop_tells_the_others_in_the_end():
     first, second = Meeting(2, grace=0.2).run(stays, leaves_by(stop))
     assert second is stop
     assert first.endswith("has failed, and the others end with it: stopped")
+
+
+def test_those_that_are_all_terminated_end_without_a_word(monkeypatch):
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    first, second = Terminated(143), Terminated(143)
+    assert Meeting(2).run(leaves_by(first), leaves_by(second)) == [first, second]
+
+
+def test_one_that_is_terminated_since_another_has_died_names_it():
+    errors = Meeting(3).run(leaves_by(Terminated(143)), hangs_up, leaves_by(Terminated(143)))
+    assert str(errors[0]) == str(errors[2])
+    assert "rank 1 of 3 (" in str(errors[0])
 
 
 @pytest.mark.parametrize(("who", "said"), [(1, [0]), (0, [1, 2]), (2, [0])])

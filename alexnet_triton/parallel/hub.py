@@ -15,6 +15,9 @@ from typing import Any
 PERIOD = 1.0
 """Seconds from one sign of life to the next."""
 
+BACKLOG = 1024
+"""Processes that may come at once."""
+
 
 class Link:
     """One end of a connection, over which messages go as lines of JSON."""
@@ -232,8 +235,9 @@ class Hub(Listener):
 
 
 def _server(host: str) -> socket.socket:
-    """A socket that listens at `host`; at all of this machine's addresses, where that is another machine's name."""
-    with suppress(OSError):
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
-    return socket.create_server(("", 0), backlog=1024)
+    """A socket that listens for all who know this machine by a name, which here may mean a loopback address."""
+    if host in ("localhost", "127.0.0.1"):
+        return socket.create_server((host, 0), backlog=BACKLOG)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=BACKLOG)

@@ -41,6 +41,9 @@ PATIENCE = 5.0
 ABANDONED = 3
 """Exit code of a process that did not come to its end by itself."""
 
+KEY = "alexnet_triton/watch"
+"""Where the store has the hub's port, token and place."""
+
 
 class ProcessLost(RuntimeError):
     """Another process of the run has died, hangs or has failed, and the run cannot go on without it.
@@ -80,6 +83,9 @@ class Watch(Listener):
             main thread waits in a call that neither a signal nor an exception reaches, and to abort the communication
             from here may hang as well, or let the call return with numbers that nobody has sent.
 
+    Attributes:
+        token: a word that the processes of this start share, and none of an earlier one.
+
     Raises:
         RuntimeError: rank 0 has not come, or cannot be reached.
     """
@@ -104,14 +110,12 @@ class Watch(Listener):
         self._before: Any = None
         self._hub: Hub | None = None
         self._where = f"process {os.getpid()} on {socket.gethostname()}"
-        key = f"alexnet_triton/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if rank == 0:
             self._hub = Hub(size, host, seconds, silence)
             self._hub.start()
-            store.set(key, json.dumps([self._hub.port, self._hub.token, self._where]))
+            store.set(KEY, json.dumps([self._hub.port, self._hub.token, self._where]))
         try:
-            port, self._token, self._where_hub = json.loads(store.get(key))
-            self._link = Link(socket.create_connection((host, port), seconds))
+            self._link, self.token, self._where_hub = _reach(store, host, seconds)
         except (RuntimeError, OSError) as error:
             self.close()
             raise RuntimeError(
@@ -151,7 +155,7 @@ class Watch(Listener):
             ProcessLost: another process has one, or has not come in time.
         """
         with self._news:
-            self._link.send("hello", self._token, self.rank, self._where, device, complaint)
+            self._link.send("hello", self.token, self.rank, self._where, device, complaint)
             self._news.wait_for(lambda: self._met or self._lost)
             if complaint:
                 raise RuntimeError(complaint)
@@ -190,7 +194,7 @@ class Watch(Listener):
         if _may_follow(error) and self._news.wait_for(lambda: self._lost, PATIENCE):
             assert self._lost is not None
             return self._lost
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, (KeyboardInterrupt, Terminated))
         if stopped:  # as a rule all are, and one may be writing a checkpoint still
             self._link.send("done")
             if self._news.wait_for(lambda: self._over or self._lost, self.grace):
@@ -236,12 +240,27 @@ class Watch(Listener):
             self._deadline = time.monotonic() + self.grace * (1 if hurry else UNHURRIED)
 
 
+def _reach(store: dist.Store, host: str, seconds: float) -> tuple[Link, str, str]:
+    """A link to the hub, its token, and where it is; torchrun's store may remember that of an earlier start."""
+    until = time.monotonic() + seconds
+    while True:
+        port, token, where = json.loads(store.get(KEY))
+        try:
+            return Link(socket.create_connection((host, port), seconds)), token, where
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
 def _may_follow(error: BaseException) -> bool:
     """Whether an exception may come from the end of another process: gloo raises RuntimeError itself."""
     return type(error) is RuntimeError or isinstance(error, (dist.DistError, Terminated))
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, Terminated):
+        return "SIGTERM"
     if isinstance(error, SystemExit):
         return f"it has left with exit code {error.code}"
     return (str(error).splitlines() or [type(error).__name__])[0]

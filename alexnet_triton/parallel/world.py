@@ -125,8 +125,9 @@ def world(
     with Watch(store, place.rank, size, place.host, 60 * minutes, silence=silence) as watch:
         watch.meet(chosen.type, complaint)
         try:
+            fresh = dist.PrefixStore(watch.token, store)  # torchrun keeps its store when it starts processes again
             dist.init_process_group(
-                backend, store=store, rank=place.rank, world_size=size, timeout=timedelta(minutes=minutes)
+                backend, store=fresh, rank=place.rank, world_size=size, timeout=timedelta(minutes=minutes)
             )  # fmt: skip
             yield World(chosen, place.rank, size, per_replica)
             watch.end()
