@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from alexnet_triton.backend import use_backend
 from alexnet_triton.bench import checks, parallel, parallel_steps, results
-from alexnet_triton.bench.checks import NETWORK_FLOORS, Absent, Measure, Scale
+from alexnet_triton.bench.checks import Absent, Measure, Scale
 from alexnet_triton.bench.parallel_processes import GRACE, Processes, ProcessesFailed
-from alexnet_triton.bench.parallel_steps import LOSS_LIMITS, Work, classes_of, worst
+from alexnet_triton.bench.parallel_steps import GRADIENT_LIMITS, LOSS_LIMITS, Work, classes_of, worst
 from alexnet_triton.bench.plans import Plan, name_of
 from alexnet_triton.bench.report import Check, Run
 from alexnet_triton.parallel.engine import loss_and_right
@@ -47,33 +47,37 @@ def cases(run: Run) -> Iterator[tuple[str, Check]]:
     for dtype in dtypes:
         for schedule in ("1f1b",) if small else SCHEDULES:
             name = f"both stages of {VARIANT} on one device, {schedule}, {name_of(dtype)}"
-            yield name, partial(check_stages, VARIANT, schedule, dtype, run.scale, run.device)
+            yield name, partial(check_stages, VARIANT, schedule, dtype, run.scale, [run.device, run.device])
+    yield f"the stages of {VARIANT} on two GPUs of one process", partial(_check_two, run, dtypes[0])
     yield f"training steps of {VARIANT} in several processes", partial(_check_layouts, run, dtypes[0])
     yield "the others end when a process is killed", partial(_check_kill, run, dtypes[0], end)
 
 
-# --- one device -------------------------------------------------------------------------------------------------------
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
-def check_stages(variant: str, schedule: str, dtype: torch.dtype, scale: Scale, device: torch.device) -> list[Measure]:
-    """Loss and gradients of a pipeline whose stages are all on one device, against the network, dropout included.
+def check_stages(
+    variant: str, schedule: str, dtype: torch.dtype, scale: Scale, devices: Sequence[torch.device]
+) -> list[Measure]:
+    """Loss and gradients of a pipeline in this process against the network on the first device, dropout included.
 
     Args:
         variant: of `alexnet_triton.AlexNet`.
         schedule: of `schedules.SCHEDULES`.
         dtype: of parameters, maps and gradients.
         scale: how large: its first batch, and how thin the network is.
-        device: of both stages.
+        devices: of the stages.
     """
     from alexnet_triton.parallel.pipeline.local import LocalPipeline  # loads what takes seconds
 
     torch.manual_seed(23)
+    device = devices[0]
     whole = checks.network(variant, scale, device, dtype, dropout=0.5).train()
     cut = copy.deepcopy(whole)
     images = checks.images_for(variant, scale, device, dtype)
     labels = torch.arange(len(images), device=device) % classes_of(whole)
     pipeline = LocalPipeline(
-        cut, [device, device], microbatches=min(parallel.MICROBATCHES, len(images)), schedule=schedule,
+        cut, devices, microbatches=min(parallel.MICROBATCHES, len(images)), schedule=schedule,
         image_size=images.shape[-1],
     )  # fmt: skip
     with use_backend("triton"):
@@ -85,12 +89,19 @@ def check_stages(variant: str, schedule: str, dtype: torch.dtype, scale: Scale, 
     error = abs(found.item() - expected.item()) / abs(expected.item())
     return [
         Measure("loss", error, LOSS_LIMITS[dtype]),
-        Measure("gradients", worst(_gradients(cut), _gradients(whole)), NETWORK_FLOORS[dtype]),
+        Measure("gradients", worst(_gradients(cut, device), _gradients(whole, device)), GRADIENT_LIMITS[dtype]),
     ]
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def _check_two(run: Run, dtype: torch.dtype) -> list[Measure]:
+    if run.device.type != "cuda" or torch.cuda.device_count() < 2:
+        raise Absent("a second GPU")
+    devices = [torch.device("cuda", number) for number in range(2)]
+    return check_stages(VARIANT, "1f1b", dtype, run.scale, devices)
+
+
+def _gradients(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    return {name: p.grad.to(device) for name, p in model.named_parameters() if p.grad is not None}
 
 
 # --- several devices --------------------------------------------------------------------------------------------------

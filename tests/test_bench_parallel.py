@@ -416,8 +416,8 @@ def test_one_device_checks_both_stages_and_names_what_it_skips(tmp_path, monkeyp
     report = Report(tmp_path / "gpu.jsonl")
     assert run_cases(report, "several GPUs", gpu.PARTS["several GPUs"].cases(a_run(tmp_path)), a_run(tmp_path)) == 0
     rows = report.rows()
-    assert [row["status"] for row in rows] == ["passed", "skipped", "skipped"]
-    assert {row["why"] for row in rows[1:]} == {"absent: a second core"}
+    assert [row["status"] for row in rows] == ["passed", "skipped", "skipped", "skipped"]
+    assert [row["why"] for row in rows[1:]] == ["absent: a second GPU", *["absent: a second core"] * 2]
 
 
 def test_a_pipeline_that_scales_its_gradients_is_found(monkeypatch, plain_ops):
@@ -428,7 +428,9 @@ def test_a_pipeline_that_scales_its_gradients_is_found(monkeypatch, plain_ops):
         return right(self, images, labels)
 
     monkeypatch.setattr(LocalPipeline, "step", twice)
-    broken = [m.name for m in parallel_checks.check_stages("paper", "1f1b", torch.float32, SMALL, CPU) if not m.holds]
+    broken = [
+        m.name for m in parallel_checks.check_stages("paper", "1f1b", torch.float32, SMALL, [CPU, CPU]) if not m.holds
+    ]
     assert "gradients" in broken
 
 
