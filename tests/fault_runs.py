@@ -95,6 +95,20 @@ def refuse(folder, processes, case):
     return together(work, processes, Path(folder), held=_held(case))
 
 
+def part(folder, processes):
+    """Processes that come to their ends one after the other, and say who else had when they could go."""
+
+    def work(rank):
+        from alexnet_triton.parallel.world import world
+
+        with world("cpu"):
+            time.sleep(0.3 * rank)
+            (Path(folder) / f"{rank}.done").touch()
+        print(len([*Path(folder).glob("*.done")]))
+
+    return together(work, processes, Path(folder))
+
+
 def _hurried(silence, grace):
     """Let this process give up others sooner."""
     import small_run

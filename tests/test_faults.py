@@ -157,6 +157,11 @@ def test_processes_that_cannot_begin_are_refused_in_one_sentence_each(case, prog
         assert end["seconds"] < LIMIT
 
 
+def test_none_is_gone_before_all_have_come_to_the_end(program, tmp_path):
+    """A process that hangs up early breaks off what others are still sending."""
+    assert [(end["code"], end["said"]) for end in program.call("part", tmp_path, 2)] == [(0, "2\n")] * 2
+
+
 def test_torchrun_starts_a_run_again_that_goes_on_to_the_same_weights(undisturbed, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     words += ["--nproc-per-node=2", "--max-restarts=1", fault_runs.__file__, str(tmp_path), json.dumps(TOLD)]

@@ -70,7 +70,7 @@ def test_an_environment_that_is_not_torchrun_s_is_refused(changed, said, monkeyp
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(RuntimeError, match=said):
-        world("cpu").__enter__()
+        world("cpu", minutes=0.005).__enter__()
 
 
 def test_a_number_of_processes_that_makes_no_whole_copies_is_refused(monkeypatch):
