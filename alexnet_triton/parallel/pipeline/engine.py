@@ -73,7 +73,9 @@ class PipelineEngine(Engine):
         schedules.check(schedule, world.per_replica, microbatches)
         if batch < 1:
             raise ValueError(f"a step of a pipeline has at least 1 image, got batch={batch}")
-        self.stages = split(model, world.per_replica, at, batch, image_size)
+        self.stages = split(
+            model, world.per_replica, at, batch, image_size, microbatches=microbatches, schedule=schedule
+        )  # fmt: skip
         _check_apart(self.stages)
         self.model, self.world, self.schedule = model, world, schedule
         self.image_size = image_size or VARIANTS[model.variant].image_size

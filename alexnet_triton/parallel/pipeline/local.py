@@ -70,7 +70,8 @@ class LocalPipeline:
         self.devices = tuple(_usable(device) for device in devices)
         schedules.check(schedule, len(self.devices), microbatches)
         if isinstance(network, nn.Module):
-            self.stages = split(network, len(self.devices), at, batch, image_size)
+            told = {"microbatches": microbatches, "schedule": schedule}
+            self.stages = split(network, len(self.devices), at, batch, image_size, **told)
         else:
             self.stages = list(network)
         if len(self.stages) != len(self.devices):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alexnet_triton.fusion import FusedSequential, fits, leaves
 from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.pipeline.costs import auto_cut
 from alexnet_triton.parallel.pipeline.masks import Dropped, Masks
 from alexnet_triton.parallel.pipeline.names import PARTS, layer_names, place
 from alexnet_triton.variants import VARIANTS
@@ -110,6 +111,7 @@ def split(
     at: str | Sequence[str] = "auto",
     batch: int = 128,
     image_size: int | None = None,
+    **choice: Any,
 ) -> list[Stage]:
     """Cut a network into stages, which share its layers.
 
@@ -123,6 +125,8 @@ def split(
             or the paper's, as `"conv3"`. `"auto"` chooses them (`auto_cut`).
         batch: images of a step, for that choice.
         image_size: their side, in pixels, likewise; None is the variant's own.
+        **choice: what else `auto_cut` takes: `microbatches`, `schedule`, `link`, `memory_limit`, and `times`, by which
+            it goes by measured times, as in `times=Table(measure(model, images), NEUTRAL)`.
 
     Returns:
         The stages, first to last.
@@ -136,9 +140,7 @@ def split(
         raise ValueError(f"the network can be cut into 1 to {len(names)} stages, one a layer, got stages={stages}")
     if at == "auto":
         side = image_size or VARIANTS[model.variant].image_size
-        from alexnet_triton.parallel.pipeline.costs import auto_cut
-
-        at = auto_cut(model, stages or 2, (batch, 3, side, side)) if stages != 1 else ()
+        at = auto_cut(model, stages or 2, (batch, 3, side, side), **choice) if stages != 1 else ()
     begins = [0, *(place(name, names) for name in ([at] if isinstance(at, str) else at)), len(names)]
     if stages is not None and len(begins) - 1 != stages:
         raise ValueError(f"{len(begins) - 2} cuts make {len(begins) - 1} stages, got stages={stages}")
