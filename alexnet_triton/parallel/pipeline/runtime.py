@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -132,6 +133,8 @@ def schedule_of(name: str, runner: Runner, microbatches: int, loss: Callable[[Te
         loss: of a microbatch's logits and labels; losses and gradients are summed over microbatches.
     """
     if name == "zero-bubble":
+        # Of an exception on the way it logs a page of the whole schedule, ahead of the exception itself.
+        logging.getLogger(ScheduleInterleavedZeroBubble.__module__).setLevel(logging.CRITICAL)
         return ScheduleInterleavedZeroBubble([runner], microbatches, loss_fn=loss, scale_grads=False)
     kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[name]
     return kind(runner, microbatches, loss_fn=loss, scale_grads=False)
