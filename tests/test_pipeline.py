@@ -337,5 +337,5 @@ def test_wrong_images_and_stages_on_the_wrong_device_are_refused_in_a_sentence()
         "the first stage computes on cpu, got images on meta",
         "the pipeline was made for images of 67x67 pixels, got (3, 3, 67, 66)",
         "stage 0 computes on cpu, got its features.3.weight on meta",
-        "the engine has noted no times",
+        "no times of a step were noted",
     ]
