@@ -46,10 +46,10 @@ def run(
     where = device_of(device)
     plan = choose(benchmark.plan(where), **asked)
     torch.backends.cudnn.benchmark = True  # torch's side takes the fastest that cuDNN has
+    cases = list(benchmark.cases(plan._replace(roofs=lambda: measured)))  # which says what cannot be measured
     measured = roofs.measure(where, plan.dtypes)
     head = results.envelope(benchmark.name, where, benchmark.method, measured)
     path = out / f"{benchmark.name}.json"
-    cases = list(benchmark.cases(plan._replace(roofs=lambda: measured)))
     result = results.measure_cases(path, head, cases, progress)
     print(benchmark.table(result))
     print(f"written to {path}")
