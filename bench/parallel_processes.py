@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from alexnet_triton.parallel.watch import ProcessLost
-from alexnet_triton.parallel.world import World, world
+from alexnet_triton.parallel.processes.watch import ProcessLost
+from alexnet_triton.parallel.processes.world import World, world
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 

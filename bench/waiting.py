@@ -33,7 +33,7 @@ def training(variant: str, workers: int, scale: Scale, device: torch.device) -> 
     """
     try:
         from alexnet_triton.bench.data_memory import packed_set
-        from alexnet_triton.parallel.world import World
+        from alexnet_triton.parallel.processes.world import World
         from alexnet_triton.recipe.train.checkpoint import Checkpoints
         from alexnet_triton.recipe.train.loop import Training
         from alexnet_triton.recipe.train.settings import Settings

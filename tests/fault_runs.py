@@ -87,7 +87,7 @@ def refuse(folder, processes, case):
     """Start processes that cannot begin together, for a reason of `REASONS`; as `train`."""
 
     def work(rank):
-        from alexnet_triton.parallel.world import world
+        from alexnet_triton.parallel.processes.world import world
 
         with world(**REASONS[case](rank)):
             print("began")
@@ -99,7 +99,7 @@ def part(folder, processes):
     """Processes that come to their ends one after the other, and say who else had when they could go."""
 
     def work(rank):
-        from alexnet_triton.parallel.world import world
+        from alexnet_triton.parallel.processes.world import world
 
         with world("cpu"):
             time.sleep(0.3 * rank)
@@ -113,7 +113,7 @@ def _hurried(silence, grace):
     """Let this process give up others sooner."""
     import small_run
 
-    import alexnet_triton.parallel.world as module
+    import alexnet_triton.parallel.processes.world as module
 
     small_run.world = functools.partial(module.world, silence=silence)
     module.Watch = functools.partial(module.Watch, grace=grace)

@@ -21,7 +21,7 @@ from torch import nn
 
 from alexnet_triton import AlexNet
 from alexnet_triton.parallel.layout import Layout
-from alexnet_triton.parallel.world import World, world
+from alexnet_triton.parallel.processes.world import World, world
 from alexnet_triton.recipe.data.sets import LabelledImages
 from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import Checkpoints

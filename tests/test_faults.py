@@ -15,8 +15,8 @@ import pytest
 import torch
 from small_run import equal, state
 
-from alexnet_triton.parallel.watch import ProcessLost
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.watch import ProcessLost
+from alexnet_triton.parallel.processes.world import World
 from alexnet_triton.recipe.train import run
 from alexnet_triton.recipe.train.loop import TrainingError
 from alexnet_triton.recipe.train.signals import Interrupted

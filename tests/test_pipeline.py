@@ -16,7 +16,7 @@ from torch import nn
 
 from alexnet_triton import use_backend
 from alexnet_triton.parallel.pipeline.engine import PipelineEngine
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.world import World
 
 CLOSE = 1e-5
 """Float32 rounding: sums come in another order."""

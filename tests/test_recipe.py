@@ -14,7 +14,7 @@ from torch import nn
 
 from alexnet_triton.cli import main
 from alexnet_triton.demo.digits import write_digits
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.world import World
 from alexnet_triton.recipe.data.packed import open_packed
 from alexnet_triton.recipe.data.prepare import prepare
 from alexnet_triton.recipe.train.checkpoint import Checkpoints

@@ -11,8 +11,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from alexnet_triton.parallel import hub, watch
-from alexnet_triton.parallel.watch import ProcessLost, Terminated, Watch
+from alexnet_triton.parallel.processes import hub, watch
+from alexnet_triton.parallel.processes.watch import ProcessLost, Terminated, Watch
 
 LIMIT = 30
 """Seconds after which a test is taken to hang."""

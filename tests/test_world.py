@@ -14,7 +14,7 @@ import small_run
 import torch
 from small_run import LOOPBACK, program, state, training
 
-from alexnet_triton.parallel.world import World, _backend, world
+from alexnet_triton.parallel.processes.world import World, _backend, world
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.world import World
 
 
 class Engine(ABC):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine
 from alexnet_triton.parallel.pipeline import schedules
+from alexnet_triton.parallel.processes.world import World
 from alexnet_triton.parallel.replicas import Replicas
-from alexnet_triton.parallel.world import World
 
 TOWERS = 2
 """Of the network of 2012."""

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.world import World
 
 
 class Replicas(Engine):

@@ -14,9 +14,9 @@ from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
 from alexnet_triton.parallel.gradients import sum_gradients
 from alexnet_triton.parallel.hybrid import hybrid
+from alexnet_triton.parallel.processes.world import PLACE, REPLICA, World
 from alexnet_triton.parallel.sharded import ShardedNetwork
 from alexnet_triton.parallel.towers import towers
-from alexnet_triton.parallel.world import PLACE, REPLICA, World
 
 
 class SharedEngine(Engine):

@@ -20,7 +20,7 @@ from alexnet_triton.parallel.pipeline.microbatches import accepted, filled_up
 from alexnet_triton.parallel.pipeline.names import described
 from alexnet_triton.parallel.pipeline.simulation import Block
 from alexnet_triton.parallel.pipeline.stages import Stage, dropouts, split
-from alexnet_triton.parallel.world import PLACE, REPLICA, World
+from alexnet_triton.parallel.processes.world import PLACE, REPLICA, World
 from alexnet_triton.variants import VARIANTS
 
 NO_LABEL = -100

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.layout import Layout
-from alexnet_triton.parallel.world import World
+from alexnet_triton.parallel.processes.world import World
 from alexnet_triton.recipe import augment
 from alexnet_triton.recipe.augment import Augment, Draws
 from alexnet_triton.recipe.data.loader import Loader

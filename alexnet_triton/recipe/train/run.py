@@ -15,8 +15,8 @@ from torch import nn
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.layout import Layout
 from alexnet_triton.parallel.pipeline.picture import check_path
-from alexnet_triton.parallel.watch import ProcessLost
-from alexnet_triton.parallel.world import World, world
+from alexnet_triton.parallel.processes.watch import ProcessLost
+from alexnet_triton.parallel.processes.world import World, world
 from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data import sources
 from alexnet_triton.recipe.data.loader import Loader, readers

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from alexnet_triton.parallel.hub import Hub, Link, Listener
+from alexnet_triton.parallel.processes.hub import Hub, Link, Listener
 
 SILENCE = 35.0
 """Seconds without one after which a process is given up. While a call holds Python's lock, as a compiler's may for half

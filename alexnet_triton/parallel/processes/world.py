@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from alexnet_triton.parallel.meeting import number, place_in_run, size_of_run, store_of_run
-from alexnet_triton.parallel.watch import SILENCE, Watch
+from alexnet_triton.parallel.processes.meeting import number, place_in_run, size_of_run, store_of_run
+from alexnet_triton.parallel.processes.watch import SILENCE, Watch
 
 REPLICA, PLACE = "replica", "place"
 """The dimensions of a world's mesh: which copy of the network, and which process of those that hold it."""
