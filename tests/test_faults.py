@@ -133,8 +133,14 @@ def test_what_ends_all_processes_alike_is_said_by_the_one_that_leads(here, monke
         yield World(torch.device("cpu"), here, 2)
 
     monkeypatch.setattr(run, "world", alike)
-    for error, code in ((TrainingError("the loss is nan"), 2), (Interrupted("stopped", signal.SIGTERM), 143)):
-        with pytest.raises((TrainingError, Interrupted, SystemExit)) as caught, run._joined(run.Options(Path("data"))):
+    ends = [
+        (TrainingError("the loss is nan"), 2),
+        (FileNotFoundError("there is no data"), 2),
+        (ValueError("the crop is larger than the images"), 2),
+        (Interrupted("stopped", signal.SIGTERM), 143),
+    ]
+    for error, code in ends:
+        with pytest.raises((type(error), SystemExit)) as caught, run._joined(run.Options(Path("data"))):
             raise error
         assert (caught.value is error) == (here == 0)
         assert here == 0 or caught.value.code == code

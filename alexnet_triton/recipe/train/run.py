@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from alexnet_triton.recipe.evaluate.evaluation import Score, evaluate
 from alexnet_triton.recipe.evaluate.use import of_size
 from alexnet_triton.recipe.train import checkpoint
 from alexnet_triton.recipe.train.checkpoint import LAST, CheckpointError, Checkpoints
-from alexnet_triton.recipe.train.loop import Training, TrainingError
+from alexnet_triton.recipe.train.loop import Training
 from alexnet_triton.recipe.train.record import Record
 from alexnet_triton.recipe.train.settings import History, Settings
 from alexnet_triton.recipe.train.signals import Interrupted
@@ -103,10 +104,14 @@ def _joined(options: Options, per_replica: int = 1) -> Iterator[World]:
         if error.to_be_said:
             raise
         raise SystemExit(2) from None
-    except (TrainingError, Interrupted) as error:
+    except Interrupted as error:
         if leads:
             raise
-        raise SystemExit(2 if isinstance(error, TrainingError) else 128 + error.signal) from None
+        raise SystemExit(128 + error.signal) from None
+    except (ValueError, OSError, RuntimeError):  # which the first says too, or hears of and says that
+        if leads or os.environ.get("ALEXNET_TRITON_TRACEBACK"):
+            raise
+        raise SystemExit(2) from None
 
 
 def _run(options: Options, here: World, progress: bool) -> History:
