@@ -6,36 +6,26 @@ Started by torchrun, the program is one of the processes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+import groups
 
 
 class Program:
     """The program, and all that it has started."""
 
     def __init__(self):
-        quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **quiet},
-            start_new_session=True,
-        )
+        self.process = groups.started(__file__, text=True)
 
     def call(self, name, *args, seconds=120):
         """Call a function of this file by its name, with arguments that JSON can hold, a folder first or none."""
@@ -47,9 +37,7 @@ class Program:
         return json.loads(self.process.stdout.readline())
 
     def end(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        groups.ended(self.process)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------

@@ -56,6 +56,26 @@ def run(function, processes, *args, seconds=60):
     return [result for _, result in ends]
 
 
+def started(file, **more):
+    """A program of the tests that is told what to do and answers, and computes with one thread."""
+    quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    return subprocess.Popen(
+        [sys.executable, file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **quiet},
+        start_new_session=True,
+        **more,
+    )
+
+
+def ended(process):
+    """End such a program, and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def _end(folder, rank, code):
     """Whether a process failed, and what it said or gave."""
     written, said = folder / f"{rank}.result", (folder / f"{rank}.err").read_text(errors="replace")
@@ -76,14 +96,7 @@ class _Program:
         return cls._current
 
     def __init__(self):
-        quiet = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **quiet},
-            start_new_session=True,
-        )
+        self.process = started(__file__)
         atexit.register(self.end)
 
     def call(self, folder, seconds):
@@ -104,9 +117,7 @@ class _Program:
         """End the program and all its processes."""
         _Program._current = None
         atexit.unregister(self.end)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate()
+        ended(self.process)
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from groups import LOOPBACK
 from torch import nn
 
 from alexnet_triton import AlexNet
@@ -31,7 +32,6 @@ from alexnet_triton.recipe.trained import Trained
 
 CLASSES = tuple("abcd")
 SIZE, CROP = 75, 67
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def patterns(count=22, seed=0):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fault_runs
+import groups
 import pytest
 import torch
 from small_run import equal, state
@@ -176,7 +177,7 @@ def test_torchrun_starts_a_run_again_that_goes_on_to_the_same_weights(undisturbe
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": fault_runs.LOOPBACK},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": groups.LOOPBACK},
         start_new_session=True,
     )
     try:

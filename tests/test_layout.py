@@ -2,13 +2,18 @@
 
 import json
 import os
+from dataclasses import replace
 
+import groups
+import narrow
 import pytest
 import small_run
 import torch
 from small_run import program, state, training
 
 from alexnet_triton.parallel.layout import Layout
+from alexnet_triton.parallel.processes.world import World
+from alexnet_triton.parallel.shared import HybridEngine, TowersEngine
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes that train together")
 PIPELINE = {"pipeline": 2, "microbatches": 3}
@@ -129,3 +134,28 @@ def test_layouts_that_contradict_themselves_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             Layout(**told)
+
+
+def steps_added_up(rank, size):
+    """By engine: the error of the gradients after two steps against twice those of one."""
+    found = {}
+    world = World(torch.device("cpu"), rank, size, 2)
+    for name, engine, share in [
+        ("towers", TowersEngine(narrow.network("paper", dropout=0.0), world), slice(None)),
+        (
+            "hybrid",
+            HybridEngine(narrow.network(dropout=0.0), replace(world, per_replica=1)),
+            slice(2 * rank, 2 * rank + 2),
+        ),
+    ]:
+        images, labels = (part[share] for part in narrow.batch(4))
+        engine.step(images, labels, 4)
+        once = {key: 2 * gradient for key, gradient in narrow.gradients(engine.module).items()}
+        engine.step(images, labels, 4)
+        found[name] = narrow.worst(narrow.gradients(engine.module), once)
+    return found
+
+
+def test_a_steps_gradients_are_added_to_those_before():
+    for errors in groups.run(steps_added_up, 2):
+        assert max(errors.values()) < 1e-6, errors

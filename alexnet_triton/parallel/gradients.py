@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -31,3 +32,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) 
         done.wait()
         for gradient, found in zip(kind, values.split([g.numel() for g in kind]), strict=True):
             gradient.copy_(found.view(gradient.shape))
+
+
+@contextmanager
+def added(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Add the gradients that arise in the block to those that are there, which `sum_gradients` does not see in it."""
+    before = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+    for parameter in before:
+        parameter.grad = None
+    yield
+    for parameter, gradient in before.items():
+        parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)

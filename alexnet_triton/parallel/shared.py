@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
-from alexnet_triton.parallel.gradients import sum_gradients
+from alexnet_triton.parallel.gradients import added, sum_gradients
 from alexnet_triton.parallel.hybrid import hybrid
 from alexnet_triton.parallel.processes.world import PLACE, REPLICA, World
 from alexnet_triton.parallel.sharded import ShardedNetwork
@@ -39,9 +39,10 @@ class SharedEngine(Engine):
         assert images is not None
         logits, labels = self._whole_batch(images, labels, total)
         loss, right = loss_and_right(logits, labels, total)
-        loss.backward()
-        self.module.reduce_gradients()
-        self._sum_over_replicas()
+        with added(self.module.parameters()):
+            loss.backward()
+            self.module.reduce_gradients()
+            self._sum_over_replicas()
         counted = torch.stack([loss.detach(), right.float()])
         return counted if self.module.peers.rank == 0 else torch.zeros_like(counted)
 

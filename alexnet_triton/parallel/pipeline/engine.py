@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from alexnet_triton.backend import current_backend
 from alexnet_triton.model import AlexNet
 from alexnet_triton.parallel.engine import Engine, loss_and_right
-from alexnet_triton.parallel.gradients import sum_gradients
+from alexnet_triton.parallel.gradients import added, sum_gradients
 from alexnet_triton.parallel.pipeline import runtime, schedules
 from alexnet_triton.parallel.pipeline.masks import Masks
 from alexnet_triton.parallel.pipeline.microbatches import accepted, filled_up
@@ -108,16 +109,13 @@ class PipelineEngine(Engine):
         if self._masks is None:  # parameters may have got another dtype since they were cut
             self._masks = Masks(self._dropouts, self.world.device, _dtype(self.module))
         self._masks.draw(len(labels))
-        before = self._take_gradients() if self.world.replicas > 1 else {}
         counted = torch.zeros(2, device=self.world.device)
-        if len(labels):
-            self._total = total
-            counted += self._run(images, labels)
-        if self.world.replicas > 1:
-            sum_gradients(self.module.parameters(), self._replicas)
-        for parameter, gradient in before.items():
-            assert parameter.grad is not None
-            parameter.grad += gradient
+        with added(self.module.parameters()) if self.world.replicas > 1 else nullcontext():
+            if len(labels):
+                self._total = total
+                counted += self._run(images, labels)
+            if self.world.replicas > 1:
+                sum_gradients(self.module.parameters(), self._replicas)
         return counted
 
     def _run(self, images: Tensor | None, labels: Tensor) -> Tensor:
@@ -227,18 +225,6 @@ class PipelineEngine(Engine):
                 f"the pipeline was made for images of {self.image_size}x{self.image_size} pixels, got "
                 f"{tuple(images.shape)}: tell it image_size"
             )
-
-    # --- replicas -----------------------------------------------------------------------------------------------------
-
-    def _learning(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-
-    def _take_gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Set gradients aside that are there already, and have been summed."""
-        taken = {parameter: parameter.grad for parameter in self._learning() if parameter.grad is not None}
-        for parameter in taken:
-            parameter.grad = None
-        return taken
 
     # --- the whole ----------------------------------------------------------------------------------------------------
 
