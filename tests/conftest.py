@@ -59,7 +59,7 @@ def pair():
 
 @pytest.fixture
 def channels_last_always(monkeypatch):
-    monkeypatch.setattr("alexnet_triton.fusion.CHANNELS_LAST_PIXELS", 0)
+    monkeypatch.setattr("alexnet_triton.fusion.cpu.CHANNELS_LAST_PIXELS", 0)
 
 
 @pytest.fixture

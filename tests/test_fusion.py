@@ -10,7 +10,8 @@ from plain import error
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from alexnet_triton import FusedSequential, fuse, fusion, ops, unfuse, use_backend
+from alexnet_triton import FusedSequential, fuse, ops, unfuse, use_backend
+from alexnet_triton.fusion import cpu, plan, sequential
 from alexnet_triton.layers import GroupedLocalResponseNorm
 
 
@@ -69,7 +70,7 @@ SENTENCES = [
 @pytest.mark.parametrize("layout", ["as torch", "channels last inside"])
 @pytest.mark.parametrize(("name", "layers", "expected"), SENTENCES, ids=[case[0] for case in SENTENCES])
 def test_runs_become_ops_and_numbers_stay(name, layers, expected, layout, calls, monkeypatch):
-    monkeypatch.setattr(fusion, "CHANNELS_LAST_PIXELS", 0 if layout == "channels last inside" else 10**9)
+    monkeypatch.setattr(cpu, "CHANNELS_LAST_PIXELS", 0 if layout == "channels last inside" else 10**9)
     fused = net(*copy.deepcopy(layers))
     plain = nn.Sequential(*copy.deepcopy(layers))
     results = []
@@ -159,8 +160,8 @@ def test_global_hooks_see_every_layer():
 
 def test_the_plan_is_made_once_and_remade_when_children_or_hooks_change(monkeypatch):
     made = []
-    original = fusion._steps
-    monkeypatch.setattr(fusion, "_steps", lambda leaves: (made.append(len(leaves)), original(leaves))[1])
+    original = plan.steps
+    monkeypatch.setattr(sequential, "steps", lambda leaves: (made.append(len(leaves)), original(leaves))[1])
     model = net(conv(), nn.ReLU(), nn.Sequential(nn.MaxPool2d(2)))
     model(IMAGE)
     model.train(), model(IMAGE), model.eval(), model(IMAGE)
@@ -200,10 +201,10 @@ def test_dropout_follows_its_own_mode_not_the_containers():
 def test_plans_go_when_their_modules_go():
     model = net(conv())
     model(IMAGE)
-    before = len(fusion._plans)
+    before = len(sequential._plans)
     del model
     gc.collect()
-    assert len(fusion._plans) < before
+    assert len(sequential._plans) < before
 
 
 def test_what_layers_take_beside_batches_still_works():

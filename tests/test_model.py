@@ -195,7 +195,7 @@ def everything(model, x, seed=3):
 @pytest.mark.parametrize("mode", ["eval", "train", "channels last"])
 def test_numbers_are_those_of_plain_layers_forward_and_every_gradient(variant, mode, pair, monkeypatch):
     if mode == "channels last":
-        monkeypatch.setattr("alexnet_triton.fusion.CHANNELS_LAST_PIXELS", 0)
+        monkeypatch.setattr("alexnet_triton.fusion.cpu.CHANNELS_LAST_PIXELS", 0)
     ours, theirs = pair(variant)
     ours.train(mode != "eval")
     theirs.train(mode != "eval")
