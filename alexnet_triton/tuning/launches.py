@@ -114,7 +114,8 @@ def _map_launches(model: AlexNet, images: Tensor, target: Target) -> list[LayerL
 
 
 def _of_pooling(made: Launch) -> bool:
-    return made.kernel.__module__.endswith("norm_pool")
+    module: str = made.kernel.fn.__module__  # an interpreted kernel itself has none
+    return module.endswith("norm_pool")
 
 
 def stages_of(features: nn.Module) -> tuple[tuple[Stage, ...], list[Tensor]]:
