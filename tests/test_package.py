@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a module imports from lines above its own, or from its own line's package.
 STOREYS = [
     {"kernels"},
-    {"reference", "variants", "stages", "configs", "workers"},
+    {"reference", "variants", "stages", "configs", "workers", "files"},
     {"backend", "layers", "folded", "chain", "caffe"},
     {"library"},
     {"ops"},

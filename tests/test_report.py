@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from alexnet_triton.files import check_new, new_file
 from alexnet_triton.recipe.data.sets import LabelledImages
 from alexnet_triton.recipe.evaluate import pictures, report
 from alexnet_triton.recipe.evaluate.evaluation import Evaluation, Score
-from alexnet_triton.recipe.files import check_new, new_file
 
 NAMES = ("cat", "dog, small", "none", "owl")
 PROBABILITIES = torch.tensor(

@@ -231,8 +231,8 @@ def _features(options: argparse.Namespace) -> None:
 
 
 def _filters(options: argparse.Namespace) -> None:
+    from alexnet_triton.files import check_new, new_file
     from alexnet_triton.recipe.evaluate import pictures
-    from alexnet_triton.recipe.files import check_new, new_file
     from alexnet_triton.variants import VARIANTS
 
     check_new([options.out])

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from alexnet_triton.files import replaced
 from alexnet_triton.kernels.config import (
     CONFIGS,
     Config,
@@ -325,13 +325,5 @@ def merge(path: Path, cards: Cards) -> None:
 
 def write(path: Path, text: str) -> None:
     """Replace a file as a whole."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with new.open("x", encoding="utf-8") as file:  # as whoever runs it lets files be read
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
+    with replaced(path) as (new,):
+        new.write_text(text, encoding="utf-8")

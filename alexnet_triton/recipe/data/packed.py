@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alexnet_triton.files import sync
 from alexnet_triton.recipe.data.sets import DataError, ImageSet, Statistics
 
 FORMAT, VERSION = "alexnet-triton packed images", 1
@@ -204,17 +205,6 @@ def checksum_of(path: Path) -> int:
         while part := file.read(1 << 20):
             checksum = zlib.crc32(part, checksum)
     return checksum
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of them, is on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # where folders cannot be opened
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(content: dict[str, Any]) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from alexnet_triton.files import sync
 from alexnet_triton.recipe.data.chunks import Chunk, in_order
 from alexnet_triton.recipe.data.images import BadImage, ClassFolders, FolderImages, class_folders
 from alexnet_triton.recipe.data.journal import Journal, Made
@@ -32,7 +33,6 @@ from alexnet_triton.recipe.data.packed import (
     is_packed,
     open_packed,
     seal,
-    sync,
 )
 from alexnet_triton.recipe.data.sets import ColourSums, DataError
 from alexnet_triton.recipe.data.sources import train_and_val

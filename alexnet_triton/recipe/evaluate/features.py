@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from alexnet_triton.files import check_new, new_file
 from alexnet_triton.recipe.augment import centre
 from alexnet_triton.recipe.data.loader import Loader
 from alexnet_triton.recipe.data.sets import DataError, ImageSet
 from alexnet_triton.recipe.evaluate.evaluation import autocast_dtype
 from alexnet_triton.recipe.evaluate.use import unreadable
-from alexnet_triton.recipe.files import check_new, new_file
 from alexnet_triton.recipe.trained import Trained
 
 LAYERS = ("conv5", "pool5", "fc6", "fc7")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_triton.files import check_new, new_file
 from alexnet_triton.recipe.data.sets import ImageSet
 from alexnet_triton.recipe.evaluate import pictures
 from alexnet_triton.recipe.evaluate.evaluation import BEST, Evaluation, Score
-from alexnet_triton.recipe.files import check_new, new_file
 
 FILES = ("evaluation.json", "classes.csv", "classes.png", "confusion.csv", "confusion.png", "predictions.csv")
 

@@ -6,11 +6,12 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from alexnet_triton.files import replaced
 
 LAST, BEST = "last.pt", "best.pt"
 STATE = {"settings", "run", "history", "step", "right", "rule", "velocities", "random"}
@@ -89,16 +90,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk does not take it.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".writing")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with replaced(path) as (new,), new.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+    except Exception as error:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch's own says "unexpected pos"
         if isinstance(cause, OSError):
             reason = f"{str(path)!r} could not be written ({cause.strerror}): make room; what was there before is whole"
@@ -141,9 +136,3 @@ def _name_too(path: Path, other: Path) -> None:
     except OSError:
         shutil.copyfile(path, temporary)
     os.replace(temporary, other)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
