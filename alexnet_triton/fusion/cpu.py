@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from alexnet_triton import ops
+from alexnet_triton.fusion import strided
 from alexnet_triton.fusion.runs import ConvRun, PoolRun
 
 CHANNELS_LAST_PIXELS = 1_400
@@ -16,13 +20,15 @@ layout below 700 pixels, equal at 1,400 to 3,000, and 5 to 35 % faster above, gr
 seven to ten times as fast.
 """
 
+FEW_PRODUCTS = 16
+"""Products an element of the input takes part in, below which a convolution is done before its map were copied."""
+
 
 def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
     """Run map runs in the layouts that are faster on a CPU; the answer has the layout that torch would give."""
     layouts_are_free = (
         x.dtype != torch.float64  # torch's own convolution, for which the layouts are equals
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap has its own
-        and any(isinstance(run, ConvRun) for run in runs)
     )
     if not layouts_are_free:
         for run in runs:
@@ -32,22 +38,61 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
     back_to_contiguous = not last  # where the caller has chosen channels-last, torch keeps to it and so do we
     late_relu = False
     for run, following in zip(runs, (*runs[1:], None), strict=True):
-        pooled_next = isinstance(following, PoolRun)
-        if isinstance(run, ConvRun):
-            if back_to_contiguous:
-                last = _output_pixels(run.conv, x) >= CHANNELS_LAST_PIXELS // (2 if pooled_next else 1)
-                x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-            # max(relu(x)) is relu(max(x)), and so are its gradients: ReLU on the pooled map is a quarter of the
-            # work. (In the contiguous layout torch's pool branches on every element, and is slower on maps of
-            # both signs: 2.5 % of a whole forward at batch 1.)
-            late_relu = last and run.relu and isinstance(following, PoolRun) and following.norm is None
-            x = run.run(x, run.relu and not late_relu)
-        else:
+        if back_to_contiguous:
+            last = _faster_channels_last(run, following, x, last)
+            x = in_layout(x, last)
+        if isinstance(run, PoolRun):
             x = run(x)
             if late_relu:
                 x = torch.relu_(x)
-                late_relu = False
-    return x.contiguous() if back_to_contiguous else x
+            late_relu = False
+            continue
+        # max(relu(x)) is relu(max(x)), and so are its gradients: ReLU on the pooled map is a quarter of the
+        # work. (In the contiguous layout torch's pool branches on every element, and is slower on maps of
+        # both signs: 2.5 % of a whole forward at batch 1.)
+        late_relu = last and run.relu and isinstance(following, PoolRun) and following.norm is None
+        relu = run.relu and not late_relu
+        if strided.pays(run.conv, x):
+            x = strided.conv2d(run.conv, x)
+            x = torch.relu_(x) if relu else x
+        else:
+            x = run.run(x, relu)
+    return in_layout(x, False) if back_to_contiguous else x
+
+
+def _faster_channels_last(run: ConvRun | PoolRun, following: ConvRun | PoolRun | None, x: Tensor, last: bool) -> bool:
+    """Whether `run` is to have its map channels-last; `last` tells whether `x` is."""
+    if isinstance(run, ConvRun):
+        if run.conv.weight[:, 0].numel() < FEW_PRODUCTS * prod(run.conv.stride):
+            return last
+        pixels = _output_pixels(run.conv, x)
+        return pixels >= CHANNELS_LAST_PIXELS // (2 if isinstance(following, PoolRun) else 1)
+    if last or run.norm is not None:
+        return last
+    return x.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] >= CHANNELS_LAST_PIXELS
+
+
+def in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """`x` contiguous or channels-last; its gradient comes back in the layout that `x` had."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if x.is_contiguous(memory_format=layout):
+        return x
+    if x.requires_grad and torch.is_grad_enabled() and not strided.forward_mode():
+        return _InLayout.apply(x, layout)  # type: ignore[no-any-return]
+    return x.contiguous(memory_format=layout)
+
+
+class _InLayout(torch.autograd.Function):
+    """Arithmetic on tensors of two layouts takes torch several times as long as a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        ctx.layout = torch.channels_last if ops.is_channels_last(x) else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.contiguous(memory_format=ctx.layout), None
 
 
 def _output_pixels(conv: nn.Conv2d, x: Tensor) -> int:
