@@ -28,7 +28,7 @@ check: .venv/installed-dev
 	$(PIP) --no-deps --target build/check .
 	cd build/check && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p alexnet_triton
 
-bench: .venv/installed-demo
+bench: .venv/installed-bench
 	.venv/bin/python -m alexnet_triton bench cpu --out bench-out
 
 readme: .venv/installed-demo

@@ -1,8 +1,11 @@
-"""This network on a CPU beside torchvision's, same weights, pair by pair in one run."""
+"""This network on a CPU beside torchvision's, and LPIPS fused and not: same weights, pair by pair in one run."""
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alexnet_triton import alexnet
+from alexnet_triton import alexnet, fuse, unfuse
 from alexnet_triton.bench.memory import peak_bytes
 from alexnet_triton.bench.timing import in_turn, machine, speedup, summary
+from alexnet_triton.tuning.accuracy import rms_error
 
 OURS, THEIRS = "alexnet_triton", "torchvision"
+"""Of the fused LPIPS and the plain one, too: torchvision's layers are what LPIPS runs."""
 
 BATCHES = ((1, 8), (8, 3), (32, 1))
 """Batch sizes of inference, and how many times the rounds each gets."""
@@ -25,6 +30,7 @@ AIMS = {
     "inference, batch 1": 1.0,
     "inference, batch 32": 1.3,
     "training step, batch 32": 1.1,
+    "LPIPS and its gradient, batch 4": 1.15,
     "peak memory, inference, batch 32": 1.0,
     "peak memory, training, batch 32": 1.0,
 }
@@ -64,12 +70,16 @@ def run(out: Path, rounds: int = 15, *, progress: bool = True) -> dict[str, Any]
     ours = alexnet(device="meta")
     ours.load_state_dict({key: value.clone() for key, value in theirs.state_dict().items()}, assign=True)
     rows: list[dict[str, Any]] = []
-    with tqdm(total=7, desc="bench cpu", disable=not progress) as bar:
+    with tqdm(total=10, desc="bench cpu", disable=not progress) as bar:
         for batch, times in BATCHES:
             rows.append(_inference(ours, theirs, batch, rounds * times))
             bar.update()
         rows.append(_training(ours, theirs, 32, rounds))
         bar.update()
+        rows.append(_image_gradient(ours, theirs, 8, rounds))
+        bar.update()
+        rows += _lpips(4, rounds)
+        bar.update(2)
         for task in ("inference", "training"):
             rows.append(_memory(task, 32))
             bar.update()
@@ -77,7 +87,7 @@ def run(out: Path, rounds: int = 15, *, progress: bool = True) -> dict[str, Any]
         bar.update()
     result = {
         "machine": machine(),
-        "method": "median over rounds, models in turn, same weights, 224x224",
+        "method": "median over rounds, models in turn, same weights, 224x224 (LPIPS 256x256)",
         "rows": rows,
     }
     results.write(out / "cpu.json", result)
@@ -112,6 +122,46 @@ def _training(ours: nn.Module, theirs: nn.Module, batch: int, rounds: int) -> di
     return _row(f"training step, batch {batch}", "s", in_turn(steps, rounds))
 
 
+def _image_gradient(ours: nn.Module, theirs: nn.Module, batch: int, rounds: int) -> dict[str, Any]:
+    images = torch.randn(batch, 3, 224, 224, requires_grad=True)
+
+    def gradient(model: nn.Module) -> Callable[[], Any]:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        return lambda: torch.autograd.grad(model(images).sum(), images)
+
+    samples = in_turn({OURS: gradient(ours), THEIRS: gradient(theirs)}, rounds)
+    return _row(f"the images' gradient, batch {batch}", "s", samples)
+
+
+def _lpips(batch: int, rounds: int) -> list[dict[str, Any]]:
+    """LPIPS of two batches and its gradient for the first, and what `fuse` takes; nothing where it is not installed."""
+    if importlib.util.find_spec("lpips") is None:
+        print("LPIPS is not timed: the package lpips is not installed (it comes with 'alexnet-triton[bench]')")
+        return []
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision in the manner of 2022
+        plain = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    fused = fuse(copy.deepcopy(plain))
+    images, others = (torch.rand(batch, 3, 256, 256) * 2 - 1 for _ in range(2))
+    images.requires_grad_()
+
+    def loss(model: nn.Module) -> tuple[Tensor, Tensor]:
+        distance = model(images, others)
+        return distance.detach(), torch.autograd.grad(distance.mean(), images)[0]
+
+    for found, right in zip(loss(fused), loss(plain), strict=True):
+        if not rms_error(found, right) < 1e-2:  # a ReLU at zero may fall on either side, and a gradient with it
+            raise RuntimeError("LPIPS gives different numbers when fused; no time is reported")
+    samples = in_turn({OURS: lambda: loss(fused), THEIRS: lambda: loss(plain)}, rounds)
+    swaps = in_turn({OURS: lambda: fuse(unfuse(fused))}, rounds)
+    return [
+        _row(f"LPIPS and its gradient, batch {batch}", "s", samples),
+        {"what": "unfuse(LPIPS), then fuse", "unit": "s", "ratio": None, "aim": None, OURS: summary(swaps[OURS])},
+    ]
+
+
 def _memory(task: str, batch: int) -> dict[str, Any]:
     samples: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for _ in range(3):
@@ -135,13 +185,14 @@ def format_result(result: dict[str, Any]) -> str:
     facts = result["machine"]
     lines = [
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}",
-        f"{'':36}{'alexnet_triton':>16}{'torchvision':>16}{'ratio':>8}{'aim':>7}",
+        f"{'':36}{'alexnet_triton':>16}{'torchvision':>16}{'ratio':>8}{'aim':>8}",
     ]
     for row in result["rows"]:
-        aim = f">={row['aim']:.1f}" if row["aim"] else ""
-        values = (_quantity(row[name]["median"], row["unit"]) for name in (OURS, THEIRS))
+        aim = f">={row['aim']:.2f}" if row["aim"] else ""
+        values = (_quantity(row[name]["median"], row["unit"]) if name in row else "" for name in (OURS, THEIRS))
         cells = "".join(f"{value:>16}" for value in values)
-        lines.append(f"{row['what']:36}{cells}{row['ratio']:>8.2f}{aim:>7}".rstrip())
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(f"{row['what']:36}{cells}{ratio:>8}{aim:>8}".rstrip())
     return "\n".join(lines)
 
 

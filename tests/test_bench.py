@@ -128,10 +128,22 @@ def test_bench_cpu_measures_every_pair_and_writes_them(tmp_path, capsys, monkeyp
     for what in (
         "inference, batch 2",
         "training step, batch 32",
+        "the images' gradient, batch 8",
+        "LPIPS and its gradient, batch 4",
+        "unfuse(LPIPS), then fuse",
         "peak memory, training, batch 32",
         "1,024 MiB",
     ):
         assert what in table
+
+
+def test_lpips_is_timed_where_it_is_installed_and_right(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "rms_error", lambda found, right: 0.02)
+    with pytest.raises(RuntimeError, match="LPIPS gives different numbers when fused; no time is reported"):
+        cpu._lpips(1, 1)
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: None)
+    assert cpu._lpips(1, 1) == []
+    assert "the package lpips is not installed" in capsys.readouterr().out
 
 
 SAMPLES = {"alexnet_triton": [1.0, 1.0], "torchvision": [1.5, 1.5]}
