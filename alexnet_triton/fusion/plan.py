@@ -8,75 +8,102 @@ from typing import Any
 from torch import nn
 
 from alexnet_triton.fusion.maps import MapRuns
-from alexnet_triton.fusion.runs import ConvRun, LinearRun, PoolRun
+from alexnet_triton.fusion.runs import ConvRun, LinearRun, PoolRun, Run
 from alexnet_triton.layers import GroupedLocalResponseNorm
 
 Step = Any  # a run, or a layer: takes a tensor and gives one
 
 
-def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` is calling its class's `forward`, and nothing else.
+def why_touched(module: nn.Module) -> str | None:
+    """Why calling `module` does more than its class's `forward`, in a phrase; None where it does not.
 
     A parametrization shows in the type, weight norm of the older kind as a hook.
     """
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-    )
+    if "forward" in module.__dict__:
+        return "its forward is replaced"
+    if module._forward_pre_hooks:
+        return "has a forward pre-hook"
+    if module._forward_hooks:
+        return "has a forward hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has a backward hook"
+    return None if module._compiled_call_impl is None else "compiled by itself"
+
+
+def why_alone(module: nn.Module) -> str | None:
+    """Why `module` joins no run, in a phrase; None where it is a layer of the table, exactly as its ops know it."""
+    why_not = _LAYERS.get(type(module))
+    return OTHER_TYPE if why_not is None else why_not(module) or why_touched(module)
 
 
 def fits(module: nn.Module) -> bool:
     """Whether `module` is a layer of the table, exactly as the table's ops know it."""
-    plain = _LAYERS.get(type(module))
-    return plain is not None and plain(module) and untouched(module)
+    return why_alone(module) is None
 
 
-def _plain_conv(conv: Any) -> bool:
-    return conv.padding_mode == "zeros" and conv.dilation in ((1, 1), 1)
+OTHER_TYPE = "of another type"
 
 
-def _plain_pool(pool: Any) -> bool:
-    return pool.dilation in (1, (1, 1)) and not pool.return_indices
+def _why_not_conv(conv: Any) -> str | None:
+    if conv.padding_mode != "zeros":
+        return f"padding_mode={conv.padding_mode!r}"
+    return _why_not_dilated(conv)
 
 
-_LAYERS: dict[type, Callable[[Any], bool]] = {
-    nn.Conv2d: _plain_conv,
-    nn.ReLU: lambda relu: True,
-    nn.LocalResponseNorm: lambda norm: True,
-    GroupedLocalResponseNorm: lambda norm: True,
-    nn.MaxPool2d: _plain_pool,
-    nn.Dropout: lambda dropout: not dropout.inplace,  # in place, it changes a tensor that others hold
-    nn.Linear: lambda linear: True,
+def _why_not_pool(pool: Any) -> str | None:
+    return "return_indices=True" if pool.return_indices else _why_not_dilated(pool)
+
+
+def _why_not_dilated(layer: Any) -> str | None:
+    return None if layer.dilation in ((1, 1), 1) else f"dilation={layer.dilation}"
+
+
+def _why_not_dropout(dropout: Any) -> str | None:
+    return "inplace=True" if dropout.inplace else None  # in place, it changes a tensor that others hold
+
+
+_LAYERS: dict[type, Callable[[Any], str | None]] = {
+    nn.Conv2d: _why_not_conv,
+    nn.ReLU: lambda relu: None,
+    nn.LocalResponseNorm: lambda norm: None,
+    GroupedLocalResponseNorm: lambda norm: None,
+    nn.MaxPool2d: _why_not_pool,
+    nn.Dropout: _why_not_dropout,
+    nn.Linear: lambda linear: None,
 }
 
 
 def steps(leaves: tuple[nn.Module, ...]) -> tuple[Step, ...]:
-    """Read `leaves` from left to right, the longest run first."""
+    """What is executed in the place of `leaves`, in order: runs on maps that follow one another are one step."""
     steps: list[Step] = []
     maps: list[ConvRun | PoolRun] = []
     layers: list[nn.Module] = []
-    at = 0
-    while at < len(leaves):
-        run, length = _run_at(leaves, at)
+    for run, its_layers in read(leaves):
         if isinstance(run, (ConvRun, PoolRun)):
             maps.append(run)
-            layers.extend(leaves[at : at + length])
-        else:
-            if maps:
-                steps.append(MapRuns(tuple(maps), tuple(layers)))
-                maps, layers = [], []
-            steps.append(run)
-        at += length
+            layers.extend(its_layers)
+            continue
+        if maps:
+            steps.append(MapRuns(tuple(maps), tuple(layers)))
+            maps, layers = [], []
+        steps.append(run)
     if maps:
         steps.append(MapRuns(tuple(maps), tuple(layers)))
     return tuple(steps)
 
 
-def _run_at(leaves: tuple[nn.Module, ...], at: int) -> tuple[Any, int]:
+def read(leaves: tuple[nn.Module, ...]) -> list[tuple[Run | nn.Module, tuple[nn.Module, ...]]]:
+    """Read `leaves` from left to right, the longest run first: each run, or layer alone, and the layers it is."""
+    found: list[tuple[Run | nn.Module, tuple[nn.Module, ...]]] = []
+    at = 0
+    while at < len(leaves):
+        run, length = _run_at(leaves, at)
+        found.append((run, leaves[at : at + length]))
+        at += length
+    return found
+
+
+def _run_at(leaves: tuple[nn.Module, ...], at: int) -> tuple[Run | nn.Module, int]:
     """The run that begins with child `at`, and its number of children."""
     first, second, third = (_layer(leaves, at + i) for i in range(3))
     if isinstance(first, nn.Conv2d):

@@ -70,3 +70,9 @@ class LinearRun(NamedTuple):
         d, layer = self.dropout, self.linear
         p, training = (0.0, False) if d is None else (d.p, d.training)
         return ops.dropout_linear(x, layer.weight, layer.bias, p, self.relu, training)
+
+
+Run = ConvRun | PoolRun | LinearRun
+
+OPS: dict[type, str] = {ConvRun: "conv2d_relu", PoolRun: "lrn_max_pool", LinearRun: "dropout_linear"}
+"""The op that a run of each kind is given to."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from alexnet_triton.fusion.plan import Step, fits, steps, untouched
+from alexnet_triton.fusion.plan import Step, steps, why_alone, why_touched
 
 
 class FusedSequential(nn.Sequential):
@@ -32,7 +33,7 @@ class FusedSequential(nn.Sequential):
 
     @torch.jit.unused
     def _run_plan(self, input: Tensor) -> Tensor:
-        if not _can_fuse(input):
+        if why_layer_by_layer(input) is not None:
             for module in self:
                 input = module(input)
             return input
@@ -41,20 +42,22 @@ class FusedSequential(nn.Sequential):
         return input
 
 
-def _can_fuse(x: object) -> bool:
-    """Whether ops may stand in for layers on this input; a trace, a script or a global hook sees layers."""
-    return (
-        isinstance(x, Tensor)
-        and x.is_floating_point()
-        and x.layout == torch.strided
-        and not torch.jit.is_tracing()
-        and not module_hooks._has_any_global_hook()
-    )
+def why_layer_by_layer(x: object) -> str | None:
+    """Why ops cannot stand in for layers on this input, in a phrase; a trace, a script or a global hook sees layers."""
+    if not isinstance(x, Tensor):
+        return "no tensor"
+    if not x.is_floating_point():
+        return f"{str(x.dtype).removeprefix('torch.')}: ops take floating-point tensors"
+    if x.layout != torch.strided:
+        return f"{str(x.layout).removeprefix('torch.')}: ops take strided tensors"
+    if torch.jit.is_tracing():
+        return "traced"
+    return "a global module hook is registered" if module_hooks._has_any_global_hook() else None
 
 
 # --- the plan ---
 
-Key = tuple[tuple[nn.Module, type, bool], ...]
+Key = tuple[tuple[nn.Module, type, str | None], ...]
 
 # Plans live beside the modules, not in them: nothing to pickle, to copy, or to take out again.
 _plans: WeakKeyDictionary[nn.Module, tuple[Key, tuple[Step, ...]]] = WeakKeyDictionary()
@@ -69,7 +72,7 @@ def plan(sequential: nn.Sequential) -> tuple[Step, ...]:
     found = tuple(leaves(sequential))
     if torch.compiler.is_compiling():
         return steps(found)
-    key = tuple((leaf, type(leaf), fits(leaf)) for leaf in found)
+    key = tuple((leaf, type(leaf), why_alone(leaf)) for leaf in found)
     kept = _plans.get(sequential)
     if kept is None or kept[0] != key:
         kept = _plans[sequential] = (key, steps(found))
@@ -78,12 +81,17 @@ def plan(sequential: nn.Sequential) -> tuple[Step, ...]:
 
 def leaves(sequential: nn.Module) -> Iterator[nn.Module]:
     """The layers that `sequential` is read as: its children, those of plain `nn.Sequential`s in it in their place."""
-    for child in sequential._modules.values():
-        assert child is not None
-        if type(child) in (nn.Sequential, FusedSequential) and untouched(child):
+    children: Any = sequential._modules.values()  # None may be one: it is no layer, and fails where torch's would
+    for child in children:
+        if is_read_through(child):
             yield from leaves(child)
         else:
             yield child
+
+
+def is_read_through(child: nn.Module) -> bool:
+    """Whether the children of `child` are read in its place."""
+    return type(child) in (nn.Sequential, FusedSequential) and why_touched(child) is None
 
 
 def forget(sequential: nn.Module) -> None:
