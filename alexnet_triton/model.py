@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from alexnet_triton import pretrained
 from alexnet_triton.fusion import FusedSequential
 from alexnet_triton.graphs import Graphed
 from alexnet_triton.layers import GroupedLocalResponseNorm
@@ -32,6 +33,9 @@ ALWAYS_LARGE_ENOUGH = 67
 """Pixels a side that every variant takes; no need to look closer. (Layers that a user put in check themselves.)"""
 
 INITS = ("merged", "paper", "torchvision", "caffe", "kaiming")
+
+
+Model = TypeVar("Model", bound="AlexNet")
 
 
 class AlexNet(nn.Module):
@@ -201,6 +205,60 @@ class AlexNet(nn.Module):
                 f"{x.shape[2]}x{x.shape[3]}: resize them, to {VARIANTS[self.variant].image_size} for its own size"
             )
 
+    # --- folders --------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Keep the network in a folder: weights in `model.safetensors`, the constructor's arguments in `config.json`.
+
+        The files are those of Hugging Face's `PyTorchModelHubMixin`; `huggingface_hub` is not needed. The arguments
+        are those that fit the layers as they are now: with another `classifier[6]`, another `num_classes`. What the
+        constructor does not say is not kept: the mode, frozen parameters, hooks, layouts.
+
+        Args:
+            folder: is made where it is not there. The two files take the places of older ones when both are whole.
+            **options: of the mixin, where the class has it as well: then it is the mixin that saves.
+
+        Returns:
+            None, or what the mixin returns.
+
+        Raises:
+            ValueError: the layers are not those of `AlexNet(...)`, or a parameter has no values of its own.
+            OSError: the folder or its files cannot be written.
+
+        Example:
+            >>> model.save_pretrained("flowers")
+            >>> model = AlexNet.from_pretrained("flowers")
+        """
+        mixin = getattr(super(), "save_pretrained", None)
+        if mixin is not None:
+            return mixin(folder, **options)
+        return pretrained.save(self, folder, AlexNet, **options)
+
+    @classmethod
+    def from_pretrained(cls: type[Model], folder: str | os.PathLike[str], **options: Any) -> Model:
+        """Build the network that `save_pretrained`, or Hugging Face's `PyTorchModelHubMixin`, has left in a folder.
+
+        No code that the folder may hold is run, and nothing is downloaded.
+
+        Args:
+            folder: with `model.safetensors` and `config.json`.
+            **options: `device` (None is the CPU; `map_location` is the mixin's name of it), `dtype` (None is the
+                file's), `strict` (True: exactly the network's keys; False leaves missing ones as they are made), and
+                arguments of the constructor in the place of the folder's, such as `dropout`. Those of the mixin, where
+                the class has it as well: then it is the mixin that reads.
+
+        Returns:
+            The network, in evaluation mode.
+
+        Raises:
+            ValueError: there is no such folder, or it is broken, or is not of such a network.
+            RuntimeError: the weights are of another variant, or are not those of the network.
+        """
+        mixin = getattr(super(), "from_pretrained", None)
+        if mixin is not None:
+            return mixin(folder, **options)
+        return pretrained.load(cls, folder, **options)
+
     # --- state dicts ----------------------------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -244,7 +302,8 @@ def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any)
     Args:
         weights: None for fresh parameters; a member of `torchvision.models.AlexNet_Weights` or its name
             (`"DEFAULT"`, `"IMAGENET1K_V1"`), which torchvision downloads; or a path to a file (see
-            `read_state_dict`), whose number of classes is taken over unless `num_classes` is given.
+            `read_state_dict`), whose number of classes is taken over unless `num_classes` is given; or a folder (see
+            `AlexNet.from_pretrained`), which brings all arguments.
         progress: show the progress of a download.
         **kwargs: of `AlexNet`; `variant` is `"torchvision"` unless given, and `"caffe"` for a `.caffemodel`.
 
@@ -255,10 +314,12 @@ def alexnet(*, weights: Any | None = None, progress: bool = True, **kwargs: Any)
         ValueError: `weights` is neither a known name nor an existing file, or `num_classes` contradicts it.
         RuntimeError: the weights are of another variant, or of another network.
     """
-    kwargs.setdefault("variant", "caffe" if is_caffemodel(weights) else "torchvision")
     if "pretrained" in kwargs:
         warnings.warn("pretrained= is deprecated: pass weights='DEFAULT' or weights=None", stacklevel=2)
         weights = "DEFAULT" if kwargs.pop("pretrained") else weights
+    if isinstance(weights, (str, os.PathLike)) and not is_published(weights) and os.path.isdir(weights):
+        return AlexNet.from_pretrained(weights, **kwargs).train()
+    kwargs.setdefault("variant", "caffe" if is_caffemodel(weights) else "torchvision")
     if weights is None:
         return AlexNet(**kwargs)
     if isinstance(weights, (str, os.PathLike)) and not is_published(weights):

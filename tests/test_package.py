@@ -17,7 +17,7 @@ STOREYS = [
     {"backend", "layers", "folded", "chain", "caffe"},
     {"library"},
     {"ops"},
-    {"fusion", "weights", "graphs"},
+    {"fusion", "weights", "pretrained", "graphs"},
     {"model"},
     {"info"},
     {"parallel"},

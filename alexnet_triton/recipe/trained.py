@@ -114,7 +114,7 @@ class Trained:
         alone = "model" not in content or "classes" not in content
         found = _variant(state_dict, content.get("variant"), variant, name)
         classes = _classes(content, state_dict, alone, name)
-        model = _model(state_dict, found, None if alone else content.get("lrn"), len(classes), name)
+        model = _model(state_dict, found, content.get("lrn"), len(classes), name)
         if alone:
             statistics = caffe_statistics() if found == "caffe" else imagenet_statistics()
             return Trained(model, classes, statistics, SIZE, VARIANTS[found].image_size, named=False)
