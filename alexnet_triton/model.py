@@ -60,7 +60,7 @@ class AlexNet(nn.Module):
     Raises:
         ValueError: an unknown variant or initialisation, `num_classes` below 1, `dropout` outside [0, 1].
 
-    Example:
+    Examples:
         >>> model = AlexNet(num_classes=10)
         >>> logits = model(torch.rand(8, 3, 227, 227))
     """
@@ -165,7 +165,7 @@ class AlexNet(nn.Module):
             ValueError: model and examples are not on one GPU, or images that `forward` would refuse.
             TypeError: an integer tensor, or none.
 
-        Example:
+        Examples:
             >>> graph = model.eval().graphed(torch.rand(1, 3, 227, 227, device="cuda"))
             >>> logits = graph(images)
         """
@@ -225,7 +225,7 @@ class AlexNet(nn.Module):
             ValueError: the layers are not those of `AlexNet(...)`, or a parameter has no values of its own.
             OSError: the folder or its files cannot be written.
 
-        Example:
+        Examples:
             >>> model.save_pretrained("flowers")
             >>> model = AlexNet.from_pretrained("flowers")
         """

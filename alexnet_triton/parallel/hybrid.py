@@ -91,7 +91,7 @@ def hybrid(model: AlexNet, processes: Processes = None) -> Hybrid:
             draws, or a mesh has several dimensions, or other devices than the model's.
         RuntimeError: this process has joined no others.
 
-    Example:
+    Examples:
         >>> network = hybrid(AlexNet(10, device="cuda"))
         >>> loss = F.cross_entropy(network(images), labels_of_all)
         >>> loss.backward()

@@ -79,7 +79,7 @@ def towers(model: AlexNet, processes: Processes = None) -> Towers:
             has several dimensions, or other devices than the model's.
         RuntimeError: this process has joined no other.
 
-    Example:
+    Examples:
         >>> network = towers(AlexNet(10, variant="paper", device="cuda"))
         >>> F.cross_entropy(network(images), labels).backward()
     """

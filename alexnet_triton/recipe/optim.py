@@ -18,11 +18,10 @@ CHUNK = 1 << 18
 
 
 class KrizhevskySGD(torch.optim.Optimizer):
-    r"""Stochastic gradient descent as Krizhevsky et al. (2012, section 5) write it.
+    """Stochastic gradient descent as Krizhevsky et al. (2012, section 5) write it.
 
-    .. math::
-        v &\leftarrow m v - \lambda \varepsilon w - \varepsilon g \\
-        w &\leftarrow w + v
+        v <- m v - lambda epsilon w - epsilon g
+        w <- w + v
 
     with momentum m, weight decay lambda, learning rate epsilon and the gradient g of the batch's mean loss. The rate is
     inside the velocity, so that a drop of the rate is felt by what is added from then on, and what the velocity

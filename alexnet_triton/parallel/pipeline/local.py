@@ -49,7 +49,7 @@ class LocalPipeline:
         ValueError: a device is not there, there are not as many as stages, the network cannot be cut like this, or the
             schedule does not take so many microbatches.
 
-    Example:
+    Examples:
         >>> pipeline = LocalPipeline(model, ["cuda:0", "cuda:1"])
         >>> optimizer = KrizhevskySGD(pipeline.parameters(), lr=0.01)
         >>> loss = pipeline.step(images, labels)
