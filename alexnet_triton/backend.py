@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from types import TracebackType
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "reference")
 
@@ -79,6 +80,22 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "") in ("1", "true", "True", "on", "ON", "y", "Y")
 
 
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is under way, whose programs hold no Triton kernels."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def sees_plain_pytorch_only() -> str:
+    """Who is at work, as in "torch.jit.trace sees", to whom kernels are opaque; empty where nobody is."""
+    if torch.compiler.is_compiling():
+        return "torch.onnx.export sees" if exporting_to_onnx() else ""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms (vmap, grad, jacrev) see"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation sees"
+    return "torch.jit.trace sees" if torch._C._is_tracing() else ""
+
+
 def takes_triton(op: str, x: torch.Tensor) -> bool:
     """Whether op `op` on tensor `x` runs as Triton kernels under the selected backend.
 
@@ -89,21 +106,23 @@ def takes_triton(op: str, x: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the backend is `"triton"`, and no kernel can run on `x`.
     """
-    backend = current_backend()
-    if backend == "reference":
-        return False
+    why = why_reference(x)
+    if why is not None and current_backend() == "triton":
+        raise RuntimeError(f"{op} cannot run on the Triton backend: {why}; use_backend('auto') runs it")
+    return why is None
+
+
+def why_reference(x: torch.Tensor) -> str | None:
+    """Why an op on tensor `x` is plain PyTorch under the selected backend, in words; None where Triton kernels run."""
+    if current_backend() == "reference":
+        return "the backend is 'reference'"
     if x.device.type == "cpu" and not interpreting():
-        obstacle = "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 in the environment, for a CPU one"
-    elif x.device.type not in ("cpu", "cuda", "xpu"):
-        obstacle = f"there are no Triton kernels for the device {x.device.type!r}"
-    elif not TRITON_INSTALLED:
-        obstacle = "Triton is not installed"
-    elif x.dtype == torch.float64:
-        obstacle = "the Triton kernels take float16, bfloat16 and float32, not float64"
-    elif not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        obstacle = "torch.func transforms (vmap, grad, jacrev) see through plain PyTorch only"
-    else:
-        return True
-    if backend == "triton":
-        raise RuntimeError(f"{op} cannot run on the Triton backend: {obstacle}; use_backend('auto') runs it")
-    return False
+        return "Triton kernels need a GPU tensor, or TRITON_INTERPRET=1 in the environment, for a CPU one"
+    if x.device.type not in ("cpu", "cuda", "xpu"):
+        return f"there are no Triton kernels for the device {x.device.type!r}"
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if x.dtype == torch.float64:
+        return "the Triton kernels take float16, bfloat16 and float32, not float64"
+    onlooker = sees_plain_pytorch_only()
+    return f"{onlooker} through plain PyTorch only" if onlooker else None

@@ -183,10 +183,15 @@ def _dense_matrix(value: Tensor) -> Tensor:
 
 
 def _in_format(value: Tensor, channels_last: bool) -> Tensor:
-    if channels_last:
-        return value
-    # Through one dimension, so that axes of length 1 have the strides that a fresh tensor's have.
-    return value.contiguous().view(-1).view(value.shape)
+    """A map in the layout that is asked for, with the strides of a fresh tensor on axes of length 1 as well.
+
+    No view of anything: torch lets what an `autograd.Function` gives be changed in place only where it is none.
+    """
+    _, c, h, w = value.shape
+    if not channels_last:
+        value = value.contiguous()
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, strides)
 
 
 def like(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], save: bool) -> tuple[Size, list[Tensor]]:
@@ -214,7 +219,7 @@ def _saved_like(x: Tensor, links: Sequence[_Link]) -> list[Tensor]:
 
 
 def backward(
-    grad: Tensor, x: Tensor, out: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor],
+    grad: Tensor, x: Tensor, out: Tensor | None, saved: Sequence[Tensor], parameters: Sequence[Tensor],
     stages: tuple[Stage, ...], needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of a chain.
@@ -222,7 +227,7 @@ def backward(
     Args:
         grad: of the answer, of any strides.
         x: the chain's input.
-        out: its answer.
+        out: its answer; it may be None where no ReLU comes last.
         saved: what `forward` gave beside it.
         parameters: as `forward` was given them.
         stages: the chain.

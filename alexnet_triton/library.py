@@ -5,7 +5,8 @@ their gradients, without looking into them. They are registered on the dispatche
 `torch.library.custom_op`, whose bookkeeping costs an eager call more than the operator's own; and where nobody
 watches (no compiler, no dispatch mode, no autocast) an eager call does not pass the dispatcher at all.
 
-Gradients are defined once: differentiating a gradient raises, where `alexnet_triton.reference` would do it.
+Gradients come from the kernels. Those that are to be differentiated again, or are taken in batches, are plain PyTorch's
+(`alexnet_triton.recompute`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_triton import recompute, reference
 from alexnet_triton import stages as stages_of
 from alexnet_triton.folded import OPERATORS as FOLDED_OPERATORS
 from alexnet_triton.folded import Folded
@@ -33,7 +35,7 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    "map_chain_backward(Tensor grad, Tensor x, Tensor out, Tensor[] saved, Tensor[] parameters, int[] stages,"
+    "map_chain_backward(Tensor grad, Tensor x, Tensor? out, Tensor[] saved, Tensor[] parameters, int[] stages,"
     " float[] norms, bool[] needs, bool channels_last) -> Tensor[]",
     tags=_TAGS,
 )
@@ -41,8 +43,8 @@ _library.define(
     "dropout_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? seed, float p, bool relu) -> Tensor", tags=_TAGS
 )
 _library.define(
-    "dropout_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor y, Tensor? seed, float p,"
-    " bool relu, bool[] needs) -> Tensor[]",
+    "dropout_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? y, Tensor? seed,"
+    " float p, bool relu, bool[] needs) -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -64,7 +66,7 @@ def map_chain(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], 
     if not _is_plain(x):
         return _map_chain(x, parameters, *stages_of.encode(stages), False, channels_last)[0]
     if _tracked(x, *parameters):
-        return _MapChain.apply(x, tuple(stages), channels_last, *parameters)
+        return _MapChain.apply(x, tuple(stages), False, channels_last, *parameters)[0]
     return _run_stages(x, parameters, tuple(stages), False, channels_last)[0]
 
 
@@ -102,8 +104,12 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     from alexnet_triton.kernels import random
 
+    return _dropped(x, random.seed(x.device), p)
+
+
+def _dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     with on_device(x):
-        dropped: Tensor = _linear().drop(x, random.seed(x.device), p, 16)
+        dropped: Tensor = _linear().drop(x, seed, p, 16)
         return dropped[:, : x.shape[1]]
 
 
@@ -182,7 +188,7 @@ def _run_map_chain(
 
 
 def _run_stages_backward(
-    grad: Tensor, x: Tensor, out: Tensor, saved: Sequence[Tensor], parameters: Sequence[Tensor],
+    grad: Tensor, x: Tensor, out: Tensor | None, saved: Sequence[Tensor], parameters: Sequence[Tensor],
     stages: tuple[Stage, ...], needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     with on_device(x):
@@ -193,7 +199,7 @@ def _run_stages_backward(
 
 
 def _run_map_chain_backward(
-    grad: Tensor, x: Tensor, out: Tensor, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
+    grad: Tensor, x: Tensor, out: Tensor | None, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
     norms: list[float], needs: list[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     decoded = _stages(tuple(stages), tuple(norms))
@@ -209,8 +215,8 @@ def _run_dropout_linear(
 
 
 def _run_dropout_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, seed: Tensor | None, p: float,
-    relu: bool, needs: list[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, seed: Tensor | None,
+    p: float, relu: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     with on_device(x):
         linear = _linear()
@@ -223,10 +229,10 @@ def _run_dropout_linear_backward(
 
 
 def _in_format(x: Tensor, size: Size, channels_last: bool) -> Tensor:
-    n, c, h, w = size
-    if channels_last:
-        return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-    return x.new_empty((n, c, h, w))
+    """An empty map; no view of anything, so that it may be changed in place."""
+    _, c, h, w = size
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    return x.new_empty_strided(tuple(size), strides)
 
 
 def _fake_map_chain(
@@ -239,7 +245,7 @@ def _fake_map_chain(
 
 
 def _fake_map_chain_backward(
-    grad: Tensor, x: Tensor, out: Tensor, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
+    grad: Tensor, x: Tensor, out: Tensor | None, saved: list[Tensor], parameters: list[Tensor], stages: list[int],
     norms: list[float], needs: list[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
     dx = [_in_format(x, x.shape, channels_last)] if needs[0] else []
@@ -253,8 +259,8 @@ def _fake_dropout_linear(
 
 
 def _fake_dropout_linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, seed: Tensor | None, p: float,
-    relu: bool, needs: list[bool],
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, seed: Tensor | None,
+    p: float, relu: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     dx = [x.new_empty(x.shape)] if needs[0] else []
     return dx + [
@@ -267,31 +273,42 @@ def _fake_dropout_linear_backward(
 
 class _MapChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stages: tuple[Stage, ...], channels_last: bool, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, stages: tuple[Stage, ...], save: bool, channels_last: bool, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
         if _is_plain(x):
             out, saved = _run_stages(x, parameters, stages, True, channels_last)
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 out, saved = _map_chain(x, parameters, *stages_of.encode(stages), True, channels_last)
-        ctx.save_for_backward(x, out, *saved, *parameters)
+        # What backward does not read is not kept, and may be changed in place, as the answers of torch's own layers.
+        last = stages[-1]
+        out_is_read = isinstance(last, ConvStage) and last.relu
+        ctx.save_for_backward(x, out if out_is_read else None, *saved, *parameters)
         ctx.rest = stages, channels_last, len(parameters)
-        return out
+        if not save:
+            return (out,)
+        ctx.mark_non_differentiable(*saved)
+        return out, *saved
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *of_saved: Tensor) -> tuple[Tensor | None, ...]:
         stages, channels_last, count = ctx.rest
         x, out, *tensors = ctx.saved_tensors
         saved, parameters = tensors[: len(tensors) - count], tensors[len(tensors) - count :]
-        wanted = ctx.needs_input_grad
-        needs = [wanted[0], *wanted[3:]]
-        if _is_plain(x) and not torch.is_grad_enabled():
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4:]]
+        if recompute.wanted(grad):
+            inputs = (x, *parameters)
+            dx, *rest = recompute.gradients(lambda x, *p: recompute.chain(x, p, stages), inputs, needs, grad)
+            return dx, None, None, None, *rest
+        if _is_plain(x):
             gradients = _run_stages_backward(grad, x, out, saved, parameters, stages, needs, channels_last)
         else:
             whole, real = stages_of.encode(stages)
             gradients = _map_chain_backward(grad, x, out, saved, parameters, whole, real, needs, channels_last)
         found = iter(gradients)
         dx, *rest = [next(found) if needed else None for needed in needs]
-        return dx, None, None, *rest
+        return dx, None, None, None, *rest
 
 
 class _DropoutLinear(torch.autograd.Function):
@@ -304,18 +321,25 @@ class _DropoutLinear(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 y = _dropout_linear(x, weight, bias, seed, p, relu)
-        ctx.save_for_backward(x, weight, bias, y, seed)
+        ctx.save_for_backward(x, weight, bias, y if relu else None, seed)
         ctx.rest = p, relu
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, y, seed = ctx.saved_tensors
+        p, relu = ctx.rest
         needs = list(ctx.needs_input_grad[:3])
-        run: Any = _dropout_linear_backward
-        if _is_plain(x) and not torch.is_grad_enabled():
-            run = _run_dropout_linear_backward
-        found = iter(run(grad, x, weight, bias, y, seed, *ctx.rest, needs))
+        if recompute.wanted(grad):
+            mask = None if seed is None else _dropped(torch.ones_like(x), seed, p)
+
+            def function(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return reference.dropout_linear(x if mask is None else x * mask, weight, bias, 0.0, relu)
+
+            gradients = recompute.gradients(function, (x, weight, bias), needs, grad)
+            return *gradients, None, None, None
+        run: Any = _run_dropout_linear_backward if _is_plain(x) else _dropout_linear_backward
+        found = iter(run(grad, x, weight, bias, y, seed, p, relu, needs))
         return *(next(found) if needed else None for needed in needs), None, None, None
 
 
@@ -344,7 +368,8 @@ def _autograd_map_chain(
     x: Tensor, parameters: list[Tensor], stages: list[int], norms: list[float], save: bool, channels_last: bool
 ) -> tuple[Tensor, list[Tensor]]:
     if _tracked(x, *parameters):
-        return _MapChain.apply(x, _stages(tuple(stages), tuple(norms)), channels_last, *parameters), []
+        out, *saved = _MapChain.apply(x, _stages(tuple(stages), tuple(norms)), save, channels_last, *parameters)
+        return out, saved
     with torch._C._AutoDispatchBelowAutograd():
         return _map_chain(x, parameters, stages, norms, save, channels_last)
 

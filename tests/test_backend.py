@@ -2,6 +2,9 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
+from plain import error
+from torch.autograd import forward_ad
 
 from alexnet_triton import backend, library, ops, use_backend
 
@@ -157,3 +160,21 @@ def test_a_compiled_function_follows_the_backend(monkeypatch):
     assert compiled(X).min() == -7
     with use_backend("reference"):
         assert compiled(X).min() == 1
+
+
+def test_forward_mode_and_traces_take_the_plain_ops_or_are_told_why_not():
+    x, weight = torch.randn(1, 3, 5, 5), torch.randn(2, 3, 3, 3)
+
+    def forward_mode():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(ops.conv2d_relu(forward_ad.make_dual(x, x), weight)).tangent
+
+    def trace():
+        return torch.jit.trace(ops.conv2d_relu, (x, weight))(2 * x, weight)
+
+    expected = torch.where(F.conv2d(x, weight) > 0, F.conv2d(x, weight), 0)
+    for call, scale, sees in ((forward_mode, 1, "forward-mode"), (trace, 2, "torch.jit.trace")):
+        with use_backend("auto"):
+            assert error(call(), scale * expected) < 1e-6
+        with use_backend("triton"), pytest.raises(RuntimeError, match=rf"{sees}.* sees through plain.*'auto'"):
+            call()

@@ -180,6 +180,23 @@ def test_dropout_follows_the_generator_whatever_else_is_seeded():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_what_backward_does_not_read_may_be_changed_in_place():
+    """As of torch's own layers: not what a ReLU gave, but what a convolution, a pooling or a linear layer did."""
+    weight, matrix = torch.randn(8, 4, 3, 3, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    x, rows = torch.randn(2, 4, 9, 9, requires_grad=True), torch.randn(3, 7)
+    free = [
+        lambda: ops.conv2d_relu(x, weight, relu=False),
+        lambda: ops.conv2d_relu(x.to(memory_format=torch.channels_last), weight, relu=False),
+        lambda: ops.lrn_max_pool(x),
+        lambda: ops.dropout_linear(rows, matrix),
+    ]
+    for op in free:
+        op().mul_(2).relu_().sum().backward()
+    for op in (lambda: ops.conv2d_relu(x, weight), lambda: ops.dropout_linear(rows, matrix, relu=True)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            op().add_(1).sum().backward()
+
+
 def test_kernels_are_launched_on_the_device_of_their_tensor(monkeypatch):
     entered = []
 
@@ -262,7 +279,7 @@ def test_no_call_reads_a_value_or_leaves_out_what_an_earlier_one_did(variant, mo
     from alexnet_triton.kernels import launch
     from alexnet_triton.kernels.target import TARGETS
 
-    for module in ("ops", "fusion"):
+    for module in ("ops", "fusion.maps"):
         monkeypatch.setattr(f"alexnet_triton.{module}.takes_triton", lambda op, x: True)
     monkeypatch.setattr(library, "_is_plain", lambda x: True)  # which asks after an autocast that "meta" has not
     for name in ("_run_stages_backward", "_run_dropout_linear_backward"):  # which a mode around autograd does not see

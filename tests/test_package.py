@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 STOREYS = [
     {"kernels"},
     {"reference", "variants", "stages", "configs", "workers", "files"},
-    {"backend", "layers", "folded", "chain", "caffe"},
+    {"backend", "layers", "folded", "chain", "caffe", "recompute"},
     {"library"},
     {"ops"},
     {"fusion", "weights", "pretrained", "graphs"},
