@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from alexnet_triton.kernels import interpreter
 from alexnet_triton.kernels.target import INTERPRETER, TARGETS, Target, cdiv, power_of_two
 
 __all__ = ["TARGETS", "Target", "cdiv", "power_of_two"]
@@ -54,6 +55,8 @@ if INTERPRETED and not isinstance(tl.zeros, InterpretedFunction):
         "TRITON_INTERPRET was set after Triton had been imported, which leaves Triton's own functions compiled: "
         "set it in the environment before Python starts, or before anything imports triton"
     )
+if INTERPRETED:
+    interpreter.mend()
 
 ROUNDS_BY_HAND = tl.constexpr(INTERPRETED)
 
