@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision
 
-from alexnet_triton import AlexNet, use_backend
+from alexnet_triton import AlexNet, ops, use_backend
 from alexnet_triton.kernels import launch
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -75,6 +75,16 @@ def fashion():
 def backend(request):
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the ops that ran, in order."""
+    names = []
+    for name in ops.__all__:
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name, **k: (names.append(name), op(*a, **k))[1])
+    return names
 
 
 @pytest.fixture

@@ -15,16 +15,6 @@ from alexnet_triton.fusion import cpu, plan, sequential
 from alexnet_triton.layers import GroupedLocalResponseNorm
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the ops that ran, in order."""
-    names = []
-    for name in ops.__all__:
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *a, op=op, name=name: (names.append(name), op(*a))[1])
-    return names
-
-
 def net(*layers):
     return FusedSequential(*layers)
 

@@ -16,9 +16,10 @@ so that everything that people do to layers goes on working.
 from __future__ import annotations
 
 from alexnet_triton.fusion.plan import fits
+from alexnet_triton.fusion.report import FusionReport, FusionRow
 from alexnet_triton.fusion.sequential import FusedSequential, leaves
 from alexnet_triton.fusion.swap import fuse, unfuse
 
-__all__ = ["FusedSequential", "fuse", "unfuse", "fits", "leaves"]
+__all__ = ["FusedSequential", "fuse", "unfuse", "FusionReport", "FusionRow", "fits", "leaves"]
 
 FusedSequential.__module__ = __name__  # what pickles name is the public place
