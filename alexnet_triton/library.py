@@ -170,9 +170,15 @@ def on_device(x: Tensor) -> Any:
     return nullcontext()
 
 
+def _in_memory(*tensors: Any) -> list[Any]:
+    """The tensors; a copy of each that torch negates lazily, as it is read, or whose zeros take up no memory."""
+    return [t.clone() if t is not None and (t.is_neg() or t._is_zerotensor()) else t for t in tensors]
+
+
 def _run_stages(
     x: Tensor, parameters: Sequence[Tensor], stages: tuple[Stage, ...], save: bool, channels_last: bool
 ) -> tuple[Tensor, list[Tensor]]:
+    x, *parameters = _in_memory(x, *parameters)
     with on_device(x):
         chain = _chain()
         if x.shape[0] == 0:
@@ -191,6 +197,7 @@ def _run_stages_backward(
     grad: Tensor, x: Tensor, out: Tensor | None, saved: Sequence[Tensor], parameters: Sequence[Tensor],
     stages: tuple[Stage, ...], needs: Sequence[bool], channels_last: bool,
 ) -> list[Tensor]:  # fmt: skip
+    grad, x, *parameters = _in_memory(grad, x, *parameters)
     with on_device(x):
         chain = _chain()
         if x.shape[0] == 0:
@@ -209,6 +216,7 @@ def _run_map_chain_backward(
 def _run_dropout_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
 ) -> Tensor:
+    x, weight, bias = _in_memory(x, weight, bias)
     with on_device(x):
         linear = _linear()
         return linear.dropout_linear(x, weight, bias, seed, p, relu)
@@ -218,6 +226,7 @@ def _run_dropout_linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, seed: Tensor | None,
     p: float, relu: bool, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
+    grad, x, weight = _in_memory(grad, x, weight)
     with on_device(x):
         linear = _linear()
         wanted = (needs[0], needs[1], needs[2])

@@ -114,6 +114,20 @@ def test_a_nan_in_a_gradient_reaches_its_element_alone(dtype, backend):
             assert torch.equal(tensor.isnan().view(-1), expected)
 
 
+def negated(*size):
+    """A view whose memory holds its negative."""
+    return torch._neg_view(torch.randn(size))
+
+
+@pytest.mark.parametrize("make", [negated, torch._efficientzerotensor], ids=["negated", "zeros"])
+def test_tensors_that_torch_negates_lazily_and_zeros_without_memory_count_as_what_they_stand_for(make, backend):
+    for weight, gradient in ((torch.randn(3, 5), make(3, 5)), (negated(3, 5), torch.randn(3, 5))):
+        lazy, usual = nn.Parameter(weight), nn.Parameter(weight.clone())
+        lazy.grad, usual.grad = gradient, gradient.clone()
+        KrizhevskySGD([lazy, usual], 0.1).step()
+        assert rms_error(lazy, usual) < 1e-6
+
+
 # --- the optimizer ------------------------------------------------------------------------------------------
 
 

@@ -436,8 +436,10 @@ def _lie_alike(update: Update) -> bool:
     parameter, gradient, weight, velocity, _ = update
     if torch.compiler.is_compiling():
         return False  # for a compiler that sees through plain PyTorch only
-    if type(parameter) not in (Tensor, nn.Parameter) or type(gradient) is not Tensor or gradient.is_neg():
+    if type(parameter) not in (Tensor, nn.Parameter) or type(gradient) is not Tensor:
         return False  # whose memory may hold something else than its elements
+    if parameter.is_neg() or gradient.is_neg() or gradient._is_zerotensor():
+        return False  # which torch negates lazily, or whose zeros take up no memory
     if parameter.is_contiguous() and gradient.is_contiguous():
         return weight.is_contiguous() and velocity.is_contiguous()
     strides = _strides(velocity)
