@@ -46,7 +46,7 @@ class use_backend:
     Raises:
         ValueError: the name is none of the three.
 
-    Example:
+    Examples:
         >>> with use_backend("reference"):
         ...     logits = model(images)
     """
