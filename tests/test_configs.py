@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -70,6 +71,22 @@ def ship(monkeypatch, *batches, chosen=OTHER):
 def cached(function):
     function.cache_clear = lambda: None
     return function
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+
+
+def start(function, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def forked(function, *arguments):
+    """The exit code of a process that runs a function."""
+    process = start(function, *arguments)
+    process.join(60)
+    return process.exitcode
 
 
 # --- which one ----------------------------------------------------------------------------------------------
@@ -214,6 +231,8 @@ def test_the_hash_follows_the_code_and_not_its_comments(tmp_path, monkeypatch):
 GOOD = cache.text_of({CARD: {cache.problem_key(CONV): {128: entry()}}})
 BROKEN = {
     "empty": "",
+    "a brace": "{",
+    "nothing": "null",
     "truncated": GOOD[: len(GOOD) // 2],
     "not JSON": "configs",
     "a list": "[]",
@@ -272,6 +291,28 @@ def test_what_would_be_read_for_ever_is_not(folder):
     for name, why in (("pipe", "it is no file"), ("large", "52,428,800 bytes"), ("round", "symbolic links|Too many")):
         with pytest.warns(UserWarning, match=why):
             assert cache.read(folder / name) == {}
+
+
+def unreadable():
+    """In a process that is not root's, which reads everything."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    path = cache.cache_path()
+    path.write_text(GOOD)
+    path.chmod(0)
+    with pytest.warns(UserWarning, match="are ignored: .*Permission denied"):
+        assert cache.read(path) == {}
+    keep(16)
+    assert list(cache.read(path)[CARD][cache.problem_key(CONV)]) == [16]
+    assert path.with_name("configs.json.broken").exists()
+
+
+@needs_fork
+def test_a_file_that_may_not_be_read_is_ignored_and_replaced(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are open to their owner alone
+        os.chmod(folder, 0o777)
+        monkeypatch.setenv("ALEXNET_TRITON_CACHE", folder)
+        assert forked(unreadable) == 0
 
 
 @pytest.mark.parametrize("name", ["truncated", "a later version"])
@@ -390,37 +431,48 @@ def test_merging_keeps_what_was_there_and_replaces_the_same_batch():
     assert {images: cache.config_of(one, ConvProblem) for images, one in found.items()} == {1: ONE, 128: OTHER}
 
 
-def run(code, *arguments):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+def merge_one_by_one(path, name, count):
+    for number in range(count):
+        cache.merge(path, {"card": {f"{name} {number}": {1: entry()}}})
 
 
-MERGE = """
-import sys
-from pathlib import Path
-from alexnet_triton.configs import cache
-one = cache.Entry({}, "measured", "3", "hash")
-print("ready", flush=True)
-for number in range(int(sys.argv[3])):
-    cache.merge(Path(sys.argv[1]), {"card": {f"{sys.argv[2]} {number}": {1: one}}})
-"""
-
-
-def test_processes_that_tune_at_once_lose_nothing():
+@needs_fork
+def test_eight_processes_that_tune_at_once_lose_none_of_their_entries():
     path = cache.cache_path()
-    processes = [run(MERGE, path, name, 20) for name in "abc"]
-    assert [process.wait(120) for process in processes] == [0, 0, 0]
-    assert len(cache.read(path)["card"]) == 60
+    processes = [start(merge_one_by_one, path, name, 20) for name in range(8)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(cache.parse(path.read_text())["card"]) == 160
 
 
+def killed_in(name, path):
+    """A process that is killed when it calls a function of `os`, in the middle of a merge."""
+    setattr(os, name, lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL))
+    merge_one_by_one(path, "new", 1)
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["chmod", "fsync", "replace"])
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_as_it_was(name):
+    path = cache.cache_path()
+    merge_one_by_one(path, "old", 3)
+    before = path.read_bytes()
+    assert forked(killed_in, name, path) == -signal.SIGKILL
+    assert path.read_bytes() == before
+    merge_one_by_one(path, "new", 1)
+    assert len(cache.read(path)["card"]) == 4
+    assert sorted(os.listdir(path.parent)) == ["configs.json", "configs.json.lock"]
+
+
+@needs_fork
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one():
     path = cache.cache_path()
     for moment in (0.0, 0.01, 0.03, 0.1):
-        process = run(MERGE, path, f"kill{moment}", 10_000)
-        assert process.stdout.readline() == "ready\n"
+        process = start(merge_one_by_one, path, f"kill{moment}", 10_000)
         time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-        process.stdout.close()
+        process.kill()
+        process.join(30)
         if path.exists():
             cache.parse(path.read_text())
     keep(128)  # and the lock of the dead hinders nobody

@@ -164,7 +164,7 @@ def test_drawn_shapes(seed):
 
 
 @pytest.mark.parametrize("size", range(1, 8))
-@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("channels", [3, 7, 16])
 def test_even_windows_and_windows_wider_than_the_map(size, channels):
     case = Case((1, channels, 5, 4), size, 1.5, window=(2, 2))
     hold(case, torch.randn(case.shape), torch.randn(1, channels, 2, 2))

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -316,7 +315,7 @@ def merge(path: Path, cards: Cards) -> None:
             merged = parse(_text(path)) if path.exists() else {}
         except (OSError, ValueError):
             merged = read(path)  # which reports it
-            shutil.copyfile(path, f"{path}.broken")
+            os.replace(path, f"{path}.broken")  # a copy would have to be allowed to read it
         for card, problems in cards.items():
             for problem, batches in problems.items():
                 merged.setdefault(card, {}).setdefault(problem, {}).update(batches)
