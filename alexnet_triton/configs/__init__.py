@@ -41,7 +41,12 @@ def forget() -> None:
 
 
 def lookup(target: Target, problem: Problem) -> Config | None:
-    """The tuned config of a problem, or None."""
+    """The tuned config of a problem, or None where none is near enough.
+
+    Args:
+        target: the GPU; one without a card's name has none.
+        problem: the launch: op, shapes, dtype, images.
+    """
     if not target.card:
         return None
     key = cache.problem_key(problem)
@@ -65,7 +70,11 @@ def lookup(target: Target, problem: Problem) -> Config | None:
 
 
 def in_force(card: str) -> dict[str, Any]:
-    """The user's file, and how many entries for a card it and the shipped one have, and count here."""
+    """The user's file, and how many entries for a card it and the shipped one have, and count here.
+
+    Args:
+        card: its name as files have it, such as `"h100"`.
+    """
     import triton
 
     def count(problems: dict[str, dict[int, Entry]], needs_triton: bool) -> dict[str, int]:

@@ -28,7 +28,11 @@ class Link(NamedTuple):
 
 
 def network(gigabits: float) -> Link:
-    """All of a machine's network, of so many Gb/s."""
+    """All of a machine's network.
+
+    Args:
+        gigabits: its line rate in Gb/s, of which a part is reached.
+    """
     return Link(f"{gigabits:g} Gb/s", LINK_SHARE * gigabits * 1e9 / 8, NETWORK_LATENCY)
 
 

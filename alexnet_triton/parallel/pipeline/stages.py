@@ -167,6 +167,10 @@ def whole_state_dict(stages: Iterable[Stage]) -> dict[str, Any]:
 def load_whole_state_dict(stages: Sequence[Stage], state_dict: Mapping[str, Any]) -> None:
     """Load a state dict of the whole model into its stages, those that are here.
 
+    Args:
+        stages: of one model; some of them, where others are other processes'.
+        state_dict: of the whole model, under its names.
+
     Raises:
         RuntimeError: as `Stage.load_state_dict`.
     """

@@ -321,5 +321,10 @@ def _moved(device: Device, images: int, *before: int) -> list[int]:
 
 
 def alone(job: Job, cluster: Cluster) -> Estimate:
-    """A step of one GPU, with what it must read."""
+    """A step of one GPU, with what it must read.
+
+    Args:
+        job: what is trained.
+        cluster: the machines, one GPU of which computes; however fast they read, it does not wait for images.
+    """
     return estimate("data", 1, job, replace(cluster, read=math.inf))

@@ -76,6 +76,13 @@ class Options:
 def run(options: Options, *, progress: bool = True) -> History:
     """Train as the options say, and print what happens.
 
+    Args:
+        options: what, how, and where to.
+        progress: show progress bars.
+
+    Returns:
+        What came of each epoch.
+
     Raises:
         DataError: the images cannot be used.
         CheckpointError: the run's folder or the checkpoint to resume cannot be used.
@@ -149,6 +156,13 @@ def _run(options: Options, here: World, progress: bool) -> History:
 
 def judge(options: Options, *, progress: bool = True) -> Score:
     """Judge the network of a checkpoint by the images that `run` would hold out, and print what comes of it.
+
+    Args:
+        options: as for `run`; `resume` or `init_from` names the checkpoint.
+        progress: show a progress bar.
+
+    Returns:
+        Sums over those images.
 
     Raises:
         DataError: the images cannot be used.
