@@ -72,6 +72,38 @@ def test_work_done_again_with_another_config_gives_the_same_answer():
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_configs_that_are_tried_add_nothing_to_the_answer_or_to_what_it_is_made_of():
+    """triton-lang/triton#6547, #781: a kernel that is run many times, and adds to what it finds."""
+    x, weight, bias = torch.randn(2, 16, 7, 7), torch.randn(16, 16, 3, 3), torch.randn(16)
+    stages = (ConvStage((1, 1), (1, 1), 1, True, True),)
+    with launch.offered() as offers:
+        out, saved = chain.forward(x, [weight, bias], stages, True, False)
+        chain.backward(torch.randn_like(out), x, out, saved, [weight, bias], stages, [True] * 3, False)
+    [(problem, again)] = [offer for offer in offers if isinstance(offer.problem, config.WeightGradientProblem)]
+    kept = [tensor.clone() for tensor in (x, weight, bias, out, *saved)]
+    first = [answer.clone() for answer in autotune._answers(again(problem.default(launch.INTERPRETER)))]
+
+    def in_turn(functions, rounds):
+        for function in functions.values():
+            answers = [autotune._answers(function()) for _ in range(2)]
+            for one, two in zip(*answers, strict=True):
+                assert torch.equal(one, two)
+                assert one.data_ptr() != two.data_ptr()
+        return dict.fromkeys(functions, lasting(1.0))
+
+    chosen = [
+        problem.default(launch.INTERPRETER),
+        *(config.WeightGradientConfig(16, 16, 0, 16, n, 4, 1) for n in (1, 3)),
+    ]
+    work = Work("conv3", "weight gradient", problem, again)
+    done = autotune.time_candidates(work, [Trial(c) for c in chosen], in_turn)
+    assert [trial.objection for trial in done] == [None] * 3
+    for before, after in zip(first, autotune._answers(again(chosen[0])), strict=True):
+        assert torch.equal(before, after)
+    for before, after in zip(kept, (x, weight, bias, out, *saved), strict=True):
+        assert torch.equal(before, after)
+
+
 def test_nothing_is_offered_where_nobody_listens_or_the_config_is_given():
     x, weight = torch.randn(2, 16), torch.randn(8, 16)
     linear.dropout_linear(x, weight, None, None, 0.0, False)

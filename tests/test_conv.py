@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_cases import DTYPES, limit, rms_error
+from triton.runtime.interpreter import interpreter_builder
 
-from alexnet_triton.kernels import config, conv, halo
+from alexnet_triton.kernels import config, conv, halo, launch
 from alexnet_triton.kernels.conv_shape import convolution
 from alexnet_triton.kernels.weight_gradient import weight_gradient
 from alexnet_triton.variants import VARIANTS
@@ -215,3 +216,58 @@ def test_two_runs_agree_to_the_last_bit():
     first, second = (by_kernels(x, weight, bias, grad, shape, True, weight_config=splits) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Of each launch the last program runs alone, and none adds up splits; the arguments of all, by kernel."""
+    made = {}
+
+    def launched(kernel, programs, **arguments):
+        made[kernel.__name__] = arguments
+        if kernel.__name__ == "add_splits_kernel":
+            return
+        with monkeypatch.context() as patch:
+            place = lambda *_: setattr(interpreter_builder, "grid_idx", (programs - 1, 0, 0))  # noqa: E731
+            patch.setattr(interpreter_builder, "set_grid_idx", place)
+            kernel[(1,)](**arguments)
+
+    monkeypatch.setattr(launch, "launch", launched)
+    monkeypatch.setattr(launch, "empty", lambda shape, like, dtype=None: torch.empty(shape, dtype=dtype or like.dtype))
+    return made
+
+
+TAIL = 2048
+
+
+def end_of(rows):
+    """A matrix of 16 channels, of which the last rows hold numbers; memory that is not touched is not taken."""
+    try:
+        matrix = torch.empty(rows, 16, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("no 4 GB of addresses")
+    matrix[-TAIL:] = torch.randn(TAIL, 16)
+    return matrix
+
+
+@pytest.mark.parametrize("loop", ["gathered", "shifted"])
+def test_pixels_past_two_billion_elements_are_found(loop, last_program):
+    """The last ones of a batch of 8,200 maps: numbers of elements pass 2^31 in each of the tensors."""
+    shape = convolution((8200, 16, 128, 128), (16, 16, 1, 1), (1, 1), (0, 0), 1)
+    weight = torch.randn(16, 16, 1, 1).half()
+    x, gate = (end_of(layout.rows) for layout in (shape.x_layout, shape.dy_layout))
+    assert min(x.numel(), gate.numel()) > 2**31
+    blocks = config.ConvConfig(256, 16, 0, 16, 4, 1, loop=loop)
+    end, filters = shape.y_dense.pixels, weight.view(16, 16).float()
+
+    y = conv.conv2d_relu(x, conv.pack(weight, shape, x.dtype), None, shape, True, shape.y_dense, blocks)
+    assert rms_error(y[end - 256 :], (x[end - 256 : end].float() @ filters.T).relu()) < 1e-3
+    turned = conv.pack(weight, shape, x.dtype, turned=True)
+    dx = conv.data_gradient(x, turned, shape, shape.y_dense, gate, blocks)
+    product = x[end - 256 : end].float() @ filters
+    assert rms_error(dx[end - 256 :], torch.where(gate[end - 256 : end] > 0, product, 0)) < 1e-3
+
+    weight_gradient(gate, x, shape, weight, None, config.WeightGradientConfig(16, 16, 0, 64, end // 1024, 4, 1))
+    partial = last_program["weight_gradient_kernel"]["partial"]  # the sum over the last split's 1,024 pixels
+    assert partial.shape == (end // 1024, 1, 16, 16)
+    assert rms_error(partial[-1, 0], x[end - 1024 : end].float().T @ gate[end - 1024 : end].float()) < 1e-6

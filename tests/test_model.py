@@ -70,6 +70,12 @@ def names(sequential):
     return [type(leaf).__name__ for leaf in sequential.modules() if not leaf._modules]
 
 
+def test_where_the_listing_has_norms_too_they_stand_behind_the_relus_and_before_the_pools():
+    assert names(AlexNet(device="meta", lrn=True).features)[:8] == [
+        "Conv2d", "ReLU", "LocalResponseNorm", "MaxPool2d"
+    ] * 2  # fmt: skip
+
+
 @pytest.mark.parametrize(("variant", "norm"), [("paper", "GroupedLocalResponseNorm"), ("caffe", "LocalResponseNorm")])
 def test_order_is_conv_relu_norm_pool_and_dropout_follows_the_relus_of_fc6_and_fc7(variant, norm):
     model = AlexNet(variant=variant, device="meta")
