@@ -92,7 +92,7 @@ def report(model: nn.Module) -> FusionReport:
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
 
-    Example:
+    Examples:
         >>> print(fuse.report(torchvision.models.alexnet()))
     """
     check_module("fuse.report", model)
@@ -236,7 +236,7 @@ def _why_no_relu(run: Any, behind: tuple[nn.Module, ...]) -> str:
         return ""
     if _kind(behind[0]) == "ReLU":
         return f"without its ReLU: {_why_not(behind[0])}"
-    after, alone = behind[1:2], type(read(behind)[0][0]) not in OPS
+    after, alone = behind[1:2], type(read(behind[:3])[0][0]) not in OPS
     return (
         f"without a ReLU: {_type_name(behind[0])} comes first" if alone and after and _kind(after[0]) == "ReLU" else ""
     )
