@@ -6,6 +6,7 @@ written once, as a path in the repository, and leads somewhere both there and in
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -26,6 +27,9 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Pages outside this folder, by their path in the repository, and where the site has them."""
+
+COMMANDS = "commands.md"
+"""Where the site has what the commands say of themselves."""
 
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".txt": "text"}
 
@@ -67,6 +71,22 @@ def shown(path: str) -> str:
     return f"# `{path}`\n\n{fence}{LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n{fence}\n"
 
 
+def commands() -> str:
+    """A page of the help of every command, as `--help` prints it on a terminal of a hundred columns."""
+    from alexnet_triton.cli import _parser
+
+    os.environ["COLUMNS"] = "100"
+    parts = ["# Command line\n\nWhat `alexnet-triton COMMAND --help` prints.\n"]
+    unread = [(1, _parser())]
+    while unread:
+        level, parser = unread.pop()
+        if level > 1:
+            parts.append(f"{'#' * level} {parser.prog}\n\n```text\n{parser.format_help().rstrip()}\n```\n")
+        families = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        unread += [(level + 1, child) for family in families for child in reversed(family.choices.values())]
+    return "\n".join(parts)
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what pages link to, and what those link to, as pages."""
     from mkdocs.structure.files import File
@@ -84,6 +104,7 @@ def on_files(files: Files, config: Any) -> Files:
     for path, text in texts.items():
         if not path.startswith(f"{DOCS}/"):
             files.append(File.generated(config, site_path(path), content=text))
+    files.append(File.generated(config, COMMANDS, content=commands()))
     return files
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 
 import doc_blocks
@@ -12,7 +14,10 @@ import pytest
 import test_caffe
 import yaml
 
+import alexnet_triton
+from alexnet_triton import ops
 from alexnet_triton.bench.plots import fusion
+from alexnet_triton.parallel import pipeline, scaling
 
 DOCS = doc_blocks.ROOT / "docs"
 RUNNING = {
@@ -127,7 +132,19 @@ def navigation(entries=None):
 def test_the_navigation_has_every_page_once_and_no_other():
     found = list(navigation())
     assert len(set(found)) == len(found)
-    assert set(found) == {hooks.site_path(page) for page in PAGES} | {hooks.PAGES[page] for page in OUTSIDE}
+    made = {hooks.PAGES[page] for page in OUTSIDE} | {hooks.COMMANDS}
+    assert set(found) == {hooks.site_path(page) for page in PAGES} | made
+
+
+def test_the_page_of_commands_has_them_all_with_their_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    page = hooks.commands()
+    found = re.findall(r"^(#+) (alexnet-triton .*)$", page, re.MULTILINE)
+    assert len(found) >= 25
+    assert ("##", "alexnet-triton train") in found
+    assert found.index(("###", "alexnet-triton bench cpu")) == found.index(("##", "alexnet-triton bench")) + 1
+    assert "usage: alexnet-triton pipeline plan" in page
+    assert "--held-out" in page
 
 
 def anchors(markdown):
@@ -190,6 +207,46 @@ def test_nothing_is_fetched_by_scripts_or_styles():
     assert [hooks.FETCHED.search((DOCS / sheet).read_text()) for sheet in SITE["extra_css"]] == [None]
     for page in [*PAGES, *OUTSIDE]:
         assert not re.search(r"^```mermaid", text(page), re.MULTILINE), f"{page}: the theme fetches what draws it"
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def described():
+    """The objects that the pages of the reference are made of, by their dotted names."""
+    found = {}
+    for page in sorted((DOCS / "api").glob("*.md")):
+        pattern = r"^::: ([\w.]+)$(?:\n    options: .*members: \[([^]]*)\])?"
+        for name, members in re.findall(pattern, page.read_text(), re.MULTILINE):
+            for member in members.split(", ") if members else [""]:
+                path = f"{name}.{member}".rstrip(".")
+                assert path not in found, f"{path} is described twice"
+                found[path] = pkgutil.resolve_name(path)
+    return found
+
+
+def test_every_public_name_is_in_the_reference():
+    objects = list(described().values())
+    for module in (alexnet_triton, ops, pipeline, scaling):
+        for name in module.__all__:
+            public = getattr(module, name)
+            if inspect.isclass(public) or inspect.isfunction(public):
+                assert any(public is each for each in objects), f"{module.__name__}.{name}"
+
+
+def test_what_the_reference_describes_says_what_it_takes_gives_and_refuses():
+    """In the sections that the site makes lists of."""
+    for name, each in described().items():
+        if not (inspect.isclass(each) or inspect.isfunction(each)):
+            continue
+        text = inspect.getdoc(each)
+        assert text, name
+        raw = re.search(r"^\.\. |:[a-z]+:`", text, re.MULTILINE)
+        assert not raw, f"{name}: the site shows {raw[0]!r} as it is"
+        if inspect.isfunction(each):
+            parameters = [p for p in inspect.signature(each).parameters if p != "self"]
+            missing = [p for p in parameters if not re.search(rf"^    \*{{0,2}}{p}\b.*:", text, re.MULTILINE)]
+            assert not missing, f"{name} does not say what {missing} are"
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
