@@ -54,7 +54,7 @@ class Folded(Tensor):
         lines = lines.view(n, layout.pitch_h, layout.pitch_w, fold.groups, fold.depth_padded)
         blocks = lines[:, : layout.height, : layout.width, :, : fold.depth * rows * columns]
         blocks = blocks.unflatten(4, (fold.depth, rows, columns)).permute(0, 1, 5, 2, 6, 3, 4)
-        pixels = blocks.reshape(n, layout.height * rows, layout.width * columns, c)
+        pixels: Tensor = blocks.reshape(n, layout.height * rows, layout.width * columns, c)
         return pixels[:, top : top + h, left : left + w].contiguous().permute(0, 3, 1, 2)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:

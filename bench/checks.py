@@ -72,7 +72,7 @@ class Absent(Exception):
 
 def limit(dtype: torch.dtype, terms: int) -> float:
     """The limit of an error: rounding the answer, and a float32 sum of `terms` terms, whose error grows as a walk."""
-    return LIMITS[dtype] + 2.0**-25 * terms**0.5
+    return float(LIMITS[dtype] + 2.0**-25 * terms**0.5)
 
 
 def differing(a: Tensor, b: Tensor) -> float:

@@ -87,7 +87,8 @@ class Material:
 
     def batches(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """A tensor of N images, or what belongs to them, in batches."""
-        return tensor.split(self.batch)
+        parts: tuple[Tensor, ...] = tensor.split(self.batch)
+        return parts
 
 
 def photograph(width: int, height: int, generator: torch.Generator) -> Tensor:
@@ -98,7 +99,7 @@ def photograph(width: int, height: int, generator: torch.Generator) -> Tensor:
     noise = torch.view_as_complex(torch.randn(4, height, width // 2 + 1, 2, generator=generator))
     maps = torch.fft.irfft2(noise / frequency**1.2, s=(height, width))
     grey, colour = (maps / maps.std((1, 2), keepdim=True)).tensor_split([1])
-    image = (0.5 + 0.2 * grey + 0.06 * colour).clamp(0, 1)
+    image: Tensor = (0.5 + 0.2 * grey + 0.06 * colour).clamp(0, 1)
     return image.mul(255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 

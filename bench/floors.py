@@ -39,4 +39,5 @@ def least(layer: Layer, direction: str, itemsize: int) -> tuple[int, int]:
 
 def floor(flop: int, moved: int, dtype: torch.dtype, roofs: Mapping[str, Any]) -> float:
     """Seconds that the arithmetic or the memory takes at least, whichever is longer, under roofs of `roofs.measure`."""
-    return max(flop / (1e12 * roofs["tflops"][name_of(dtype)]), moved / (1e9 * roofs["copy_gbs"]))
+    tflops, gbs = float(roofs["tflops"][name_of(dtype)]), float(roofs["copy_gbs"])
+    return max(flop / (1e12 * tflops), moved / (1e9 * gbs))

@@ -87,7 +87,8 @@ def answers(trunk: Trunk, name: str, images: Tensor, grads: Sequence[Tensor] = (
     with backend_of_ours(images.device) if name == OURS else use_backend("reference"):
         if not grads:
             with torch.no_grad():
-                return trunk(images)
+                maps: list[Tensor] = trunk(images)
+                return maps
         x = images.detach().requires_grad_()
         maps = trunk(x)
         return [*(y.detach() for y in maps), *torch.autograd.grad(maps, x, grads)]

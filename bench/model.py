@@ -131,7 +131,8 @@ def step_of(name: str, task: str, model: nn.Module, dtype: torch.dtype) -> Calla
 
         def infer(images: Tensor) -> Tensor:
             with torch.no_grad(), backend_of_ours(device) if ours else use_backend("reference"):
-                return model(images)
+                logits: Tensor = model(images)
+                return logits
 
         return infer
     model.train()
@@ -154,7 +155,8 @@ def step_of(name: str, task: str, model: nn.Module, dtype: torch.dtype) -> Calla
 def _autocast(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
     # A graph must not keep the casts of the step that was captured.
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-        return model(images).float()
+        logits: Tensor = model(images)
+        return logits.float()
 
 
 # --- the check --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from alexnet_triton.bench.plans import Plan, name_of
 from alexnet_triton.bench.results import OURS
 from alexnet_triton.bench.timing import summary
 from alexnet_triton.parallel.layout import Layout
-from alexnet_triton.parallel.pipeline.costs import LINKS, Link, best_cuts, cut_table
+from alexnet_triton.parallel.links import LINKS, Link
+from alexnet_triton.parallel.pipeline.costs import best_cuts, cut_table
 from alexnet_triton.parallel.pipeline.measuring import measure
 from alexnet_triton.parallel.pipeline.schedules import SCHEDULES, Action
 from alexnet_triton.parallel.pipeline.simulation import Block, Timeline, simulate

@@ -74,5 +74,5 @@ def counted(group: int) -> Iterator[Traffic]:
                 traffic.add(func.__name__.split(".")[0], args, group)
             return func(*args, **(kwargs or {}))
 
-    with Counting():
+    with Counting():  # type: ignore[no-untyped-call]  # of torch's
         yield traffic

@@ -40,7 +40,8 @@ from alexnet_triton.bench import results as files
 from alexnet_triton.bench.cards import CARDS, Card
 from alexnet_triton.bench.checks import FULL, layers
 from alexnet_triton.bench.floors import least
-from alexnet_triton.bench.plots.files import OURS, read
+from alexnet_triton.bench.plots.files import read
+from alexnet_triton.bench.results import OURS
 from alexnet_triton.kernels.target import cdiv
 from alexnet_triton.tuning import loops
 from alexnet_triton.tuning.inspect import DTYPES, run_compiled

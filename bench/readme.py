@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alexnet_triton.bench import cpu, data, dispatch, layers, lpips, model, parallel, plots, predict
-from alexnet_triton.bench.plots import files
+from alexnet_triton.bench.plots import canvas, files
 from alexnet_triton.bench.timing import heading
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ class Picture(NamedTuple):
 
         try:
             with Image.open(self.path) as image:
-                return image.info.get("Source") == self.stamp()
+                return bool(image.info.get("Source") == self.stamp())
         except OSError:
             return False
 
@@ -153,7 +153,7 @@ class Picture(NamedTuple):
         drawn = list(plot.draw(files.read(self.source, plot.benchmarks)))
         figure = next((figure for names, figure in drawn if f"batch{BATCH}" in names), drawn[0][1])
         held = io.BytesIO()
-        figure.savefig(held, dpi=plots.DPI)
+        figure.savefig(held, dpi=canvas.DPI)
         image = Image.open(held).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
         facts = PngImagePlugin.PngInfo()
         facts.add_text("Source", self.stamp())

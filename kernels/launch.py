@@ -198,7 +198,7 @@ def is_exact(dtype: torch.dtype, target: Target) -> bool:
 def _tf32_allowed() -> bool:
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     if precision not in (None, "none"):
-        return precision == "tf32"
+        return bool(precision == "tf32")
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # torch refuses to answer by the old name where the new one was used

@@ -53,7 +53,8 @@ class Hybrid(ShardedNetwork):
                 f"{batch}, got {len(images)}: share them by torch.tensor_split, or leave batch out"
             )
         x = torch.flatten(self.avgpool(self.features(images)), 1)
-        return self.classifier(self._gather_rows(x, counts))
+        logits: Tensor = self.classifier(self._gather_rows(x, counts))
+        return logits
 
     def _counts(self, images: Tensor) -> list[int]:
         """How many images each process has."""

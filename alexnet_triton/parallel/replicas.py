@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ class Replicas(Engine):
     def _network(self) -> nn.Module:
         """The network as it is called in training, once its parameters have their dtype, which wrappers go by."""
         device = self.world.device
-        network: Any = torch.compile(self.module) if self._compiled else self.module
+        network: nn.Module = self.module
+        if self._compiled:
+            network = cast(nn.Module, torch.compile(network))
         if self.world.size == 1:
             return network
         return DistributedDataParallel(network, [device] if device.type == "cuda" else None)

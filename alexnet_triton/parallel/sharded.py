@@ -217,7 +217,8 @@ class ShardedNetwork(nn.Module):
         own, shared = (nn.utils.get_total_norm(gradients).float().to(device) for gradients in (parts, copies))
         norms = own.new_empty(self.peers.size)
         dist.all_gather(list(norms.split(1)), own.reshape(1), group=self.peers.group)
-        return torch.linalg.vector_norm(torch.cat([norms, shared.reshape(1)]))
+        norm: Tensor = torch.linalg.vector_norm(torch.cat([norms, shared.reshape(1)]))
+        return norm
 
     # --- whole tensors and their parts --------------------------------------------------------------------------------
 
@@ -313,7 +314,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 def name_of(layer: nn.Module, model: nn.Module) -> str:
     """A layer's name in the model."""
-    return next(name for name, module in model.named_modules() if module is layer)
+    return str(next(name for name, module in model.named_modules() if module is layer))
 
 
 def described(layer: nn.Module) -> str:

@@ -56,7 +56,8 @@ class Towers(ShardedNetwork):
         if images.requires_grad:
             images = self.peers.share(images)
         maps = self.avgpool(self.features(images))
-        return self.classifier(torch.flatten(maps, 1))
+        logits: Tensor = self.classifier(torch.flatten(maps, 1))
+        return logits
 
 
 def towers(model: AlexNet, processes: Processes = None) -> Towers:

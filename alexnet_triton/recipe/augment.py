@@ -277,7 +277,7 @@ def _by_image(images: Tensor, draws: Draws, scale: Tensor, offset: Tensor, crop:
 # --- one image, with torchvision --------------------------------------------------------------------------------------
 
 
-class PCAColor(v2.Transform):
+class PCAColor(v2.Transform):  # type: ignore[misc]  # torchvision has no types
     """Shift an image's colours along the principal components of a dataset's (Krizhevsky et al. 2012, section 4.1).
 
     To each pixel is added sum_k eigenvectors[:, k] eigenvalues[k] alpha[k], each alpha drawn from normal(0, std) with

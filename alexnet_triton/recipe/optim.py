@@ -389,7 +389,8 @@ def _rates(groups: list[dict[str, Any]], device: torch.device) -> Tensor:
 
 def _rate(group: Mapping[str, Any], device: torch.device) -> float | Tensor:
     """A group's rate on `device`: a number, or a tensor that is not read."""
-    lr, multiple = group["lr"], group["lr_mult"]
+    lr: float | Tensor = group["lr"]
+    multiple: float = group["lr_mult"]
     if not isinstance(lr, Tensor) or (lr.device.type == "cpu" and device.type != "cpu"):
         return float(lr) * multiple
     return lr.to(device).reshape(()) * multiple

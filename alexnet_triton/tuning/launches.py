@@ -44,7 +44,7 @@ class LayerLaunch(NamedTuple):
     @property
     def kernel(self) -> str:
         """Name of the kernel's function."""
-        return self.launch.kernel.__name__
+        return str(self.launch.kernel.__name__)
 
     @property
     def kind(self) -> str:

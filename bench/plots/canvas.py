@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alexnet_triton.bench.plots.files import OURS, Result, Row, failure_of
+from alexnet_triton.bench.plots.files import Result, Row, failure_of
+from alexnet_triton.bench.results import OURS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
     from matplotlib.axes import Axes

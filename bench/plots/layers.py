@@ -17,7 +17,8 @@ from alexnet_triton.bench.plots.canvas import (
     three_digits,
     tidy,
 )
-from alexnet_triton.bench.plots.files import OURS, Result, Row
+from alexnet_triton.bench.plots.files import Result, Row
+from alexnet_triton.bench.results import OURS
 from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn

@@ -21,7 +21,8 @@ from alexnet_triton.bench.plots.canvas import (
     three_digits,
     tidy,
 )
-from alexnet_triton.bench.plots.files import OURS, Result, Row, is_number
+from alexnet_triton.bench.plots.files import Result, Row, is_number
+from alexnet_triton.bench.results import OURS
 from alexnet_triton.tuning.launches import DIRECTIONS, LAYERS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
@@ -130,11 +131,11 @@ def _roofs(result: Result, dtype: str) -> tuple[float, dict[str, float]]:
 
 
 def _intensity(row: Row, peer: str) -> float:
-    return row["flop"] / (row["bytes"] if peer == OURS else row.get("torch_bytes") or row["bytes"])
+    return float(row["flop"] / (row["bytes"] if peer == OURS else row.get("torch_bytes") or row["bytes"]))
 
 
 def _speed(row: Row, peer: str, scale: float) -> float:
-    return row["flop"] / row["times"][peer]["median"] / scale
+    return float(row["flop"] / row["times"][peer]["median"] / scale)
 
 
 def _limit(axes: Axes, rows: Sequence[Row], copy: float, peaks: Mapping[str, float], scale: float) -> None:

@@ -17,7 +17,8 @@ from alexnet_triton.bench.plots.canvas import (
     styles_of,
     tidy,
 )
-from alexnet_triton.bench.plots.files import OURS, Result, Row
+from alexnet_triton.bench.plots.files import Result, Row
+from alexnet_triton.bench.results import OURS
 
 if TYPE_CHECKING:  # matplotlib is loaded when a picture is drawn
     from matplotlib.axes import Axes

@@ -73,7 +73,8 @@ class Masks:
         been drawn is called.
         """
         if id(layer) not in self._drawn:
-            return layer(x)
+            called: Tensor = layer(x)
+            return called
         before, mask = self._drawn[id(layer)]
         if mask.dtype != x.dtype:  # as under autocast, at the first batch
             mask = self._draw_again(id(layer), x, before, len(mask))

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from alexnet_triton.model import AlexNet
+from alexnet_triton.parallel.links import Link
 from alexnet_triton.parallel.pipeline.costs import (
     GOOD_ENOUGH,
-    Link,
     Part,
     Pipeline,
     best_cuts,

@@ -62,12 +62,13 @@ def store_of_run(place: Place, minutes: float) -> dist.TCPStore:
     try:
         if not serves:
             _await(host, port, 60 * minutes)
-        return _in_time(
+        store: dist.TCPStore = _in_time(
             lambda: dist.TCPStore(
                 host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
             ),
             60 * minutes,
         )
+        return store
     except (RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error):
             raise RuntimeError(

@@ -119,7 +119,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{str(path)!r} is no checkpoint, or is damaged ({reason}): remove it, and take an older one"
         ) from error
     training = content.get("training") if isinstance(content, dict) else None
-    if not isinstance(training, dict) or not training.keys() >= STATE:
+    if not isinstance(content, dict) or not isinstance(training, dict) or not training.keys() >= STATE:
         raise CheckpointError(
             f"{str(path)!r} holds a network but no state of its training: --init-from starts from it, and "
             "--resume takes a checkpoint of a run"
