@@ -2,6 +2,7 @@
 # make test   run the tests
 # make check  lint, format, types
 # make bench  this network beside torchvision's on this CPU
+# make compat smoke-test the wheel with every Python that is found, the oldest torch and the newest: docs/compat.md
 # make docs   build the documentation into build/docs; then open build/docs/index.html
 # make readme write the tables and pictures of README.md and bench/README.md anew from bench/results
 # Each creates .venv and installs what it needs, once.
@@ -14,7 +15,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # The tests build many large networks: blocks that malloc keeps are not fetched from the system again.
 MALLOC = MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
-.PHONY: configs demo test check bench docs readme gpu clean
+.PHONY: configs demo test check compat bench docs readme gpu clean
 
 demo: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton demo --out demo-out
@@ -34,6 +35,9 @@ bench: .venv/installed-bench
 
 readme: .venv/installed-demo
 	.venv/bin/python -m alexnet_triton.bench readme
+
+compat: .venv/installed-compat
+	.venv/bin/python -m nox
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
