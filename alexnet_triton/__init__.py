@@ -7,7 +7,7 @@ from alexnet_triton.model import AlexNet, alexnet
 from alexnet_triton.variants import VARIANTS
 from alexnet_triton.weights import read_state_dict
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlexNet",
