@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from alexnet_triton import pretrained
 from alexnet_triton.fusion import FusedSequential
 from alexnet_triton.graphs import Graphed
-from alexnet_triton.layers import GroupedLocalResponseNorm
+from alexnet_triton.layers import GroupedLocalResponseNorm, LocalResponseNorm
 from alexnet_triton.variants import PAPER_FORMULA, VARIANTS, Norm, Variant
 from alexnet_triton.weights import (
     check_keys,
@@ -379,7 +379,7 @@ def _relu_and(norm: Norm | None) -> nn.Module:
     if norm is None:
         return nn.ReLU(inplace=True)
     if norm.groups == 1:
-        return nn.Sequential(nn.ReLU(inplace=True), nn.LocalResponseNorm(5, norm.alpha, 0.75, norm.k))
+        return nn.Sequential(nn.ReLU(inplace=True), LocalResponseNorm(5, norm.alpha, 0.75, norm.k))
     layer = GroupedLocalResponseNorm(5, norm.groups, norm.alpha, 0.75, norm.k)
     return nn.Sequential(nn.ReLU(inplace=True), layer)
 

@@ -13,7 +13,7 @@ from kernel_cases import DTYPES, rms_error
 from plain import error
 from torch import nn
 
-from alexnet_triton import fuse, ops, unfuse, use_backend
+from alexnet_triton import AlexNet, fuse, ops, unfuse, use_backend
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -310,3 +310,17 @@ def test_normalisation_of_half_precision_on_a_cpu_is_float32s_rounded():
             y = ops.lrn_max_pool(value, 5, 1e-4, 0.75, 2.0, 1, 1)
             assert y.dtype == dtype
             assert error(y, F.local_response_norm(value.float(), 5, 1e-4, 0.75, 2.0)) < limit
+
+
+@pytest.mark.parametrize("variant", ["caffe", "paper", "merged"])
+def test_normalisations_that_are_watched_take_half_precision_as_fused_ones_do(variant):
+    """A hook has a layer called itself: torch's own squares in half precision, or refuses it on a CPU."""
+    norms = AlexNet(2, variant=variant, device="meta", lrn=True).features[1]
+    model = fuse(nn.Sequential(*norms, nn.MaxPool2d(1)))
+    x = torch.full((1, 10, 2, 2), 300.0)
+    expected = model(x)
+    model[1].register_forward_hook(lambda *_: None)
+    for dtype in HALF:
+        y = model(x.to(dtype))
+        assert y.dtype == dtype
+        assert error(y, expected) < 1e-2

@@ -9,7 +9,7 @@ from torch import nn
 
 from alexnet_triton.fusion.maps import MapRuns
 from alexnet_triton.fusion.runs import ConvRun, LinearRun, PoolRun, Run
-from alexnet_triton.layers import GroupedLocalResponseNorm
+from alexnet_triton.layers import GroupedLocalResponseNorm, LocalResponseNorm
 
 Step = Any  # a run, or a layer: takes a tensor and gives one
 
@@ -66,6 +66,7 @@ _LAYERS: dict[type, Callable[[Any], str | None]] = {
     nn.Conv2d: _why_not_conv,
     nn.ReLU: lambda relu: None,
     nn.LocalResponseNorm: lambda norm: None,
+    LocalResponseNorm: lambda norm: None,
     GroupedLocalResponseNorm: lambda norm: None,
     nn.MaxPool2d: _why_not_pool,
     nn.Dropout: _why_not_dropout,
