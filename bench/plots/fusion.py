@@ -108,6 +108,13 @@ def plan(model: AlexNet) -> Plan:
     return Plan(runs, chains)
 
 
+def broken_plan(model: AlexNet) -> tuple[int, Plan]:
+    """How it would run with a hook, and the row of the layer that has it."""
+    row, hooked = next((row, layer) for row, layer in enumerate(layers(model)) if layer.title == HOOKED)
+    with hooked.module.register_forward_hook(lambda *_: None):
+        return row, plan(model)
+
+
 def _described(module: Any) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.Conv2d):
@@ -133,11 +140,7 @@ def draw() -> Figure:
 
     model = network()
     rows = layers(model)
-    plain = plan(model)
-    hooked = next(layer for layer in rows if layer.title == HOOKED)
-    with hooked.module.register_forward_hook(lambda *_: None):
-        broken = plan(model)
-
+    hooked, broken = broken_plan(model)
     tops = _tops(rows)
     height = tops[-1] + ROW + 0.3
     figure = Figure(figsize=(WIDTH, height), facecolor="none")
@@ -153,9 +156,9 @@ def draw() -> Figure:
     ):
         axes.text((left + right) / 2, 0.36, text, ha="center", va="center", size=11, weight="bold", color=INK)
     _draw_layers(axes, rows, tops)
-    _draw_plan(axes, plain, tops, PLAIN)
+    _draw_plan(axes, plan(model), tops, PLAIN)
     _draw_plan(axes, broken, tops, BROKEN)
-    _draw_hook(axes, tops[rows.index(hooked)])
+    _draw_hook(axes, tops[hooked])
     return figure
 
 
@@ -225,8 +228,7 @@ def _draw_hook(axes: Axes, top: float) -> None:
 def stamp() -> str:
     """What the file of a picture of the plan as it is now has in it."""
     model = network()
-    rows = layers(model)
-    told: list[Any] = [[layer[:3] for layer in rows], plan(model)]
+    told = [[layer[:3] for layer in layers(model)], plan(model), broken_plan(model)]
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
