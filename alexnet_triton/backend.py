@@ -12,6 +12,9 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "triton", "reference")
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Those that the Triton kernels take."""
+
 
 def _installed() -> bool:
     try:
@@ -122,7 +125,7 @@ def why_reference(x: torch.Tensor) -> str | None:
         return f"there are no Triton kernels for the device {x.device.type!r}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if x.dtype == torch.float64:
-        return "the Triton kernels take float16, bfloat16 and float32, not float64"
+    if x.dtype not in DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, not {str(x.dtype).removeprefix('torch.')}"
     onlooker = sees_plain_pytorch_only()
     return f"{onlooker} through plain PyTorch only" if onlooker else None

@@ -37,6 +37,10 @@ class ConvStage(NamedTuple):
             and stride_w > 0
             and pad_h >= 0
             and pad_w >= 0
+            and weight[0] > 0
+            and weight[1] > 0
+            and weight[2] > 0
+            and weight[3] > 0
             and x[1] == weight[1] * self.groups
             and weight[0] % self.groups == 0
             and x[2] + 2 * pad_h >= weight[2]
@@ -59,6 +63,8 @@ class ConvStage(NamedTuple):
                 f"{op} needs stride and groups of at least 1 and padding of at least 0, got stride {self.stride}, "
                 f"padding {self.padding}, groups {self.groups}"
             )
+        if min(weight) < 1:
+            return f"{op} needs at least 1 filter, of at least 1 channel and 1 pixel, got filters {tuple(weight)}"
         filters, depth, rows, columns = weight
         if x[1] != depth * self.groups:
             return (
@@ -100,6 +106,7 @@ class PoolStage(NamedTuple):
             len(x) == 4
             and self.size >= 0
             and self.lrn_groups > 0
+            and x[1] > 0
             and x[1] % self.lrn_groups == 0
             and min(self.window) > 0
             and min(self.stride) > 0
@@ -129,6 +136,8 @@ class PoolStage(NamedTuple):
             return _not_a_batch(op, x)
         if self.size < 0:
             return f"{op} needs a size of at least 0 channels (0 leaves the normalisation out), got {self.size}"
+        if x[1] < 1:
+            return f"{op} needs maps of at least 1 channel, got {tuple(x)}"
         if self.lrn_groups < 1 or x[1] % self.lrn_groups:
             return f"{op} needs lrn_groups that divides the {x[1]} channels, got {self.lrn_groups}"
         window, padding, slack = self.window, self.padding, self._slack()

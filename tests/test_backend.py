@@ -119,6 +119,7 @@ def test_auto_leaves_to_the_reference_what_no_kernel_can_run(chains, monkeypatch
     [
         (X, "", r"GPU tensor, or TRITON_INTERPRET=1.*use_backend\('auto'\)"),
         (X.double(), "1", "float16, bfloat16 and float32, not float64"),
+        (X.to(torch.float8_e5m2), "1", "float16, bfloat16 and float32, not float8_e5m2"),
         (torch.ones(1, 1, 2, 2, device="meta"), "1", "device 'meta'"),
     ],
 )
