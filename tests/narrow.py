@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import groups
+import plain
 import torch
 import torch.nn.functional as F
+import torchvision
 from plain import error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +44,21 @@ def network(variant="paper", classes=4, dropout=0.5, seed=0):
                 nn.init.kaiming_normal_(layer.weight)
                 layer.bias.normal_(std=0.1)
     return model
+
+
+def twins(variant="torchvision", classes=4, dropout=0.5):
+    """A narrow network, and the same in torch's own layers: in torchvision's class where that is the variant."""
+    ours = network(variant, classes, dropout)
+    with torch.device("meta"):
+        if variant == "torchvision":
+            theirs = torchvision.models.alexnet(num_classes=classes, dropout=dropout)
+        else:
+            theirs = plain.alexnet(variant, classes, dropout)
+    for part in ("features", "classifier"):
+        for index, layer in enumerate(getattr(ours, part)):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                getattr(theirs, part)[index] = copy.deepcopy(layer)
+    return ours, theirs
 
 
 def batch(count, classes=4, seed=1):

@@ -35,6 +35,7 @@ def pays(conv: nn.Conv2d, x: Tensor) -> bool:
         x.requires_grad
         and torch.is_grad_enabled()
         and x.dtype == torch.float32
+        and type(x) in (Tensor, nn.Parameter)  # of a subclass, a function gives a view, which no ReLU may change
         and conv.in_channels // conv.groups <= FEW_CHANNELS
         and min(conv.stride) > 1
         and conv.padding != "same"
