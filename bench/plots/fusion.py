@@ -200,7 +200,8 @@ def _draw_plan(axes: Axes, drawn: Plan, tops: Sequence[float], edges: tuple[floa
         axes.text(left - 0.15, (top + bottom) / 2, text, ha="center", va="center", rotation=90, size=8.5, color=LINK)
     for run in drawn.runs:
         top, bottom = tops[run.first], tops[run.last] + ROW
-        style, font = DASHED, {"color": FAINT}
+        style = DASHED
+        font: dict[str, Any] = {"color": FAINT}
         if run.text in COLOURS:
             style = {"facecolor": COLOURS[run.text].colour}
             font = {"color": "white", "weight": "bold", "family": "monospace"}
