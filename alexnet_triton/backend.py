@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 BACKENDS = ("auto", "triton", "reference")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""Those that the Triton kernels take."""
+"""Those that the Triton kernels compute in. Images are bytes, which `Augment`'s kernel reads."""
 
 
 def _installed() -> bool:
@@ -125,7 +125,7 @@ def why_reference(x: torch.Tensor) -> str | None:
         return f"there are no Triton kernels for the device {x.device.type!r}"
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if x.dtype not in DTYPES:
+    if x.dtype not in (*DTYPES, torch.uint8):
         return f"the Triton kernels take float16, bfloat16 and float32, not {str(x.dtype).removeprefix('torch.')}"
     onlooker = sees_plain_pytorch_only()
     return f"{onlooker} through plain PyTorch only" if onlooker else None
