@@ -80,11 +80,8 @@ def test_colours_are_drawn_anew_in_every_worker_of_a_loader_and_in_every_epoch()
 )
 def test_a_rate_that_is_far_too_high_ends_the_run_by_its_step_and_leaves_a_network_that_is_finite(lr, said, tmp_path):
     """pytorch/examples#152, #459: a loss of NaN after some batches, and hours of training on it."""
-    learn = patterns(22)
-    with pytest.raises(
-        TrainingError, match=r"the (held-out )?loss is (nan|inf) at step \d+: use a learning rate below"
-    ):
-        training(tmp_path, learn=learn, lr=lr, epochs=20).run()
+    with pytest.raises(TrainingError, match=f"{said}.*: use a learning rate below"):
+        training(tmp_path, learn=patterns(22), lr=lr, epochs=20).run()
     for path in tmp_path.glob("*.pt"):
         assert all(value.isfinite().all() for value in checkpoint.read(path)["model"].values()), path
     assert (tmp_path / "last.pt").exists()
