@@ -73,7 +73,7 @@ def read_mean(path: str | os.PathLike[str]) -> Tensor:
         path: a binary BlobProto of 3xHxW numbers, B, G, R (`imagenet_mean.binaryproto`).
 
     Returns:
-        (3,), float32: R, G and B, of pixels from 0 to 255.
+        (3,), float32, which are R, G and B of pixels from 0 to 255.
 
     Raises:
         ValueError: there is no such file, or it is another kind of file, or it is cut short.

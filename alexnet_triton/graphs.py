@@ -42,7 +42,7 @@ def capture(
             captured on the same stream, of which one at a time is replayed; None for its own.
 
     Returns:
-        The graph, and what `function` gave in it: tensors that every replay fills anew.
+        The graph, and the tensors that `function` gave in it, which every replay fills anew.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream(device) if stream is None else stream

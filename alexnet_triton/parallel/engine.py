@@ -50,8 +50,8 @@ class Engine(ABC):
             total: images of the batch, in all replicas.
 
         Returns:
-            (2,), float32: the sum of these images' cross-entropies (in nats) over `total`, and how many were guessed
-            right; zeros where another process counts them. Summed over all processes they are the batch's.
+            (2,), float32, which are the sum of these images' cross-entropies (in nats) over `total`, and how many were
+            guessed right; zeros where another process counts them. Summed over all processes they are the batch's.
         """
 
     @abstractmethod
