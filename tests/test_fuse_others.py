@@ -15,6 +15,7 @@ from plain import error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, weight_norm
+from torch.testing._internal.two_tensor import TwoTensor
 
 from alexnet_triton import AlexNet, FusedSequential, fuse, unfuse, use_backend
 
@@ -243,6 +244,17 @@ def test_statically_quantised_layers_are_left_to_themselves():
     assert type(model) is nn.Sequential
     row = fuse.report(model).rows[0]
     assert row.reason == "torch.ao.nn.intrinsic.quantized.ConvReLU2d, not torch.nn.Conv2d"
+
+
+def test_weights_that_wrap_other_tensors_are_left_to_their_layers(backend):
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    weight = model[0].weight.detach()
+    model[0].weight = nn.Parameter(TwoTensor(weight, 2 * weight))
+    x = torch.randn(2, 6)
+    expected, found = model[:2](x), fuse(model)[:2](x)
+    assert torch.equal(found.a, expected.a)
+    assert torch.equal(found.b, expected.b)
+    assert [row.op for row in fuse.report(model).rows] == [None, "dropout_linear"]
 
 
 # --- scripted, traced, compiled ----------------------------------------------------------------------------

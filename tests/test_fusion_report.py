@@ -11,6 +11,7 @@ import torchvision
 from plain import error
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.testing._internal.two_tensor import TwoTensor
 
 from alexnet_triton import AlexNet, FusedSequential, fuse, unfuse, use_backend
 from alexnet_triton.fusion import report
@@ -166,6 +167,13 @@ def complex_(layer):
     return layer
 
 
+def wrapping(layer):
+    """A layer whose weight wraps other tensors, as torchao's quantised ones and DTensor do."""
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    return layer
+
+
 class Padded(nn.Conv2d):
     pass
 
@@ -192,6 +200,8 @@ REASONS = [
     (quantised, "torch.ao.nn.quantized.dynamic.Linear, not torch.nn.Linear"),
     (lambda: torch.jit.script(conv()), "scripted: TorchScript runs it"),
     (lambda: complex_(conv()), "complex64: ops take floating-point tensors"),
+    (lambda: wrapping(conv()), "its weight is a TwoTensor"),
+    (lambda: wrapping(nn.Linear(6, 5)), "its weight is a TwoTensor"),
     (lambda: Mine(conv()), "in Mine, a subclass of nn.Sequential"),
     (Block, "in Block, not in an nn.Sequential"),
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from alexnet_triton.fusion.maps import MapRuns
 from alexnet_triton.fusion.runs import ConvRun, LinearRun, PoolRun, Run
@@ -47,7 +48,7 @@ OTHER_TYPE = "of another type"
 def _why_not_conv(conv: Any) -> str | None:
     if conv.padding_mode != "zeros":
         return f"padding_mode={conv.padding_mode!r}"
-    return _why_not_dilated(conv)
+    return _why_not_dilated(conv) or _why_not_weighted(conv)
 
 
 def _why_not_pool(pool: Any) -> str | None:
@@ -56,6 +57,14 @@ def _why_not_pool(pool: Any) -> str | None:
 
 def _why_not_dilated(layer: Any) -> str | None:
     return None if layer.dilation in ((1, 1), 1) else f"dilation={layer.dilation}"
+
+
+def _why_not_weighted(layer: nn.Module) -> str | None:
+    """A tensor that wraps others (quantised, sharded) has its own way of being multiplied, and no memory to read."""
+    weight = layer._parameters.get("weight")
+    if type(weight) is nn.Parameter or not is_traceable_wrapper_subclass(weight):
+        return None
+    return f"its weight is a {type(weight).__name__}"
 
 
 def _why_not_dropout(dropout: Any) -> str | None:
@@ -70,7 +79,7 @@ _LAYERS: dict[type, Callable[[Any], str | None]] = {
     GroupedLocalResponseNorm: lambda norm: None,
     nn.MaxPool2d: _why_not_pool,
     nn.Dropout: _why_not_dropout,
-    nn.Linear: lambda linear: None,
+    nn.Linear: _why_not_weighted,
 }
 
 
