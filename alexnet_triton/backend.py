@@ -44,7 +44,8 @@ class use_backend:
     Args:
         name: `"auto"` takes the Triton kernels for GPU tensors, and for CPU tensors only where Triton's
             interpreter is on (`TRITON_INTERPRET=1`); where no kernel can run, the reference does.
-            `"triton"` raises where a kernel cannot run. `"reference"` is plain PyTorch everywhere.
+            `"triton"` raises where a kernel cannot run. `"reference"` is plain PyTorch everywhere. An export to ONNX
+            takes plain PyTorch under any of them.
 
     Raises:
         ValueError: the name is none of the three.
@@ -110,7 +111,7 @@ def takes_triton(op: str, x: torch.Tensor) -> bool:
         RuntimeError: the backend is `"triton"`, and no kernel can run on `x`.
     """
     why = why_reference(x)
-    if why is not None and current_backend() == "triton":
+    if why is not None and current_backend() == "triton" and not exporting_to_onnx():
         raise RuntimeError(f"{op} cannot run on the Triton backend: {why}; use_backend('auto') runs it")
     return why is None
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import narrow
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ def test_a_compiled_network_gives_the_eager_one_s_numbers(backend):
 
 
 def test_alexnet_compiles_to_two_calls_of_operators_and_exports():
-    model = AlexNet(4, init="kaiming").eval()
+    model = narrow.network("merged").eval()
     x = torch.randn(2, 3, 67, 67)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
     calls = [str(node.target) for node in exported.graph.nodes if "alexnet_triton" in str(node.target)]

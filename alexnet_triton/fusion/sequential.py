@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from alexnet_triton.backend import exporting_to_onnx
 from alexnet_triton.fusion.plan import Step, steps, why_alone, why_touched
 
 
@@ -19,8 +18,8 @@ class FusedSequential(nn.Sequential):
 
     Same children, same names, same state dict, same numbers, same errors where a child is called itself.
     Slices are again `FusedSequential`s. A run's layers are called themselves, one by one, wherever somebody
-    could tell the difference: under hooks (global ones too), parametrizations, symbolic tracing,
-    `torch.jit` and ONNX export. See `alexnet_triton.fusion` for the runs.
+    could tell the difference: under hooks (global ones too), parametrizations, symbolic tracing and
+    `torch.jit`. See `alexnet_triton.fusion` for the runs.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -53,8 +52,6 @@ def why_layer_by_layer(x: object) -> str | None:
         return f"{str(x.layout).removeprefix('torch.')}: ops take strided tensors"
     if torch.jit.is_tracing():
         return "traced"
-    if exporting_to_onnx():
-        return "exported to ONNX"
     return "a global module hook is registered" if module_hooks._has_any_global_hook() else None
 
 
