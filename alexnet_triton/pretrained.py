@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from alexnet_triton.files import replaced
 from alexnet_triton.fusion import FusedSequential
-from alexnet_triton.weights import CONFIG, WEIGHTS, WRAPPERS, plain_name, read_folder, strip_prefixes
+from alexnet_triton.weights import CONFIG, WEIGHTS, plain_name, read_folder, strip_prefixes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,10 +144,9 @@ def arguments_of(model: nn.Module, build: Callable[..., nn.Module]) -> dict[str,
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules in `model` by name, without wrappers."""
-    named = dict(model.named_modules(remove_duplicate=False))
-    wrappers = {name.rpartition(".")[0] for name in named if name.rpartition(".")[2] in WRAPPERS}
-    return {plain_name(name): module for name, module in named.items() if name and name not in wrappers}
+    """The modules in `model` by name; a wrapper comes before what it wraps, which takes its name."""
+    named = model.named_modules(remove_duplicate=False)
+    return {plain_name(name): module for name, module in named if name}
 
 
 def _difference(layers: Mapping[str, nn.Module], expected: Mapping[str, nn.Module]) -> str | None:
