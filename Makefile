@@ -29,6 +29,7 @@ check: .venv/installed-dev
 	rm -rf build/check build/lib
 	$(PIP) --no-deps --target build/check .
 	cd build/check && ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml -p alexnet_triton
+	cd build/check && MYPYPATH=. ../../.venv/bin/python -m mypy --config-file ../../pyproject.toml ../../tests/typed_use.py
 
 bench: .venv/installed-bench
 	.venv/bin/python -m alexnet_triton bench cpu --out bench-out

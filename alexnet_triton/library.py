@@ -12,7 +12,7 @@ Gradients come from the kernels. Those that are to be differentiated again, or a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -48,10 +48,10 @@ _library.define(
     tags=_TAGS,
 )
 
-_map_chain = torch.ops.alexnet_triton.map_chain.default
-_map_chain_backward = torch.ops.alexnet_triton.map_chain_backward.default
-_dropout_linear = torch.ops.alexnet_triton.dropout_linear.default
-_dropout_linear_backward = torch.ops.alexnet_triton.dropout_linear_backward.default
+_map_chain: Callable[..., tuple[Tensor, list[Tensor]]] = torch.ops.alexnet_triton.map_chain.default
+_map_chain_backward: Callable[..., list[Tensor]] = torch.ops.alexnet_triton.map_chain_backward.default
+_dropout_linear: Callable[..., Tensor] = torch.ops.alexnet_triton.dropout_linear.default
+_dropout_linear_backward: Callable[..., list[Tensor]] = torch.ops.alexnet_triton.dropout_linear_backward.default
 
 
 def map_chain(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], channels_last: bool) -> Tensor:
@@ -66,7 +66,8 @@ def map_chain(x: Tensor, parameters: Sequence[Tensor], stages: Sequence[Stage], 
     if not _is_plain(x):
         return _map_chain(x, parameters, *stages_of.encode(stages), False, channels_last)[0]
     if _tracked(x, *parameters):
-        return _MapChain.apply(x, tuple(stages), False, channels_last, *parameters)[0]
+        out: Tensor = _MapChain.apply(x, tuple(stages), False, channels_last, *parameters)[0]
+        return out
     return _run_stages(x, parameters, tuple(stages), False, channels_last)[0]
 
 
@@ -86,6 +87,7 @@ def dropout_linear(x: Tensor, weight: Tensor, bias: Tensor | None, p: float, rel
 
     seed = random.seed(x.device) if p else None
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor
     if not _is_plain(x):
         y = _dropout_linear(rows, weight, bias, seed, p, relu)
     elif _tracked(x, weight, bias):
@@ -184,7 +186,8 @@ def _run_stages(
         if x.shape[0] == 0:
             size, saved = chain.like(x, parameters, stages, save)
             return _in_format(x, size, channels_last), saved
-        return chain.forward(x, parameters, stages, save, channels_last)
+        answer: tuple[Tensor, list[Tensor]] = chain.forward(x, parameters, stages, save, channels_last)
+        return answer
 
 
 def _run_map_chain(
@@ -202,7 +205,8 @@ def _run_stages_backward(
         chain = _chain()
         if x.shape[0] == 0:
             return [torch.zeros_like(t) for t, needed in zip((x, *parameters), needs, strict=True) if needed]
-        return chain.backward(grad, x, out, saved, parameters, stages, needs, channels_last)
+        gradients: list[Tensor] = chain.backward(grad, x, out, saved, parameters, stages, needs, channels_last)
+        return gradients
 
 
 def _run_map_chain_backward(
@@ -218,8 +222,8 @@ def _run_dropout_linear(
 ) -> Tensor:
     x, weight, bias = _in_memory(x, weight, bias)
     with on_device(x):
-        linear = _linear()
-        return linear.dropout_linear(x, weight, bias, seed, p, relu)
+        y: Tensor = _linear().dropout_linear(x, weight, bias, seed, p, relu)
+        return y
 
 
 def _run_dropout_linear_backward(
@@ -387,12 +391,13 @@ def _autograd_dropout_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, p: float, relu: bool
 ) -> Tensor:
     if _tracked(x, weight, bias):
-        return _DropoutLinear.apply(x, weight, bias, seed, p, relu)
+        y: Tensor = _DropoutLinear.apply(x, weight, bias, seed, p, relu)
+        return y
     with torch._C._AutoDispatchBelowAutograd():
         return _dropout_linear(x, weight, bias, seed, p, relu)
 
 
-def _autograd_once(name: str, operator: Any, *arguments: Any) -> list[Tensor]:
+def _autograd_once(name: str, operator: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     tensors += [t for a in arguments if isinstance(a, (list, tuple)) for t in a if isinstance(t, Tensor)]
     if _tracked(*tensors):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,8 @@ class AlexNet(nn.Module):
         x = self.features(x)
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
-        return self.classifier(x)
+        x = self.classifier(x)
+        return x
 
     def get_feature_vector(self, x: Tensor, layer: str = "fc7") -> Tensor:
         """Activations of a fully connected layer after its ReLU, for transfer learning.
@@ -140,7 +141,8 @@ class AlexNet(nn.Module):
             for module in training:
                 module.training = False
             x = torch.flatten(self.avgpool(self.features(x)), 1)
-            return self.classifier[: ends[layer]](x)
+            vectors: Tensor = self.classifier[: ends[layer]](x)
+            return vectors
         finally:
             for module in training:
                 module.training = True
@@ -157,8 +159,8 @@ class AlexNet(nn.Module):
             *more: examples of other shapes or dtypes, such as a dataset's last, smaller batch.
 
         Returns:
-            A callable: images like an example -> logits (N, num_classes), a tensor of the caller's own, without
-            gradients.
+            A callable that takes images like an example, and gives logits (N, num_classes) without gradients
+            in a tensor of the caller's own.
 
         Raises:
             RuntimeError: the model is in training or has hooks, or a capture is under way.
@@ -256,7 +258,7 @@ class AlexNet(nn.Module):
         """
         mixin = getattr(super(), "from_pretrained", None)
         if mixin is not None:
-            return mixin(folder, **options)
+            return cast(Model, mixin(folder, **options))
         return pretrained.load(cls, folder, **options)
 
     # --- state dicts ----------------------------------------------------------------------------------------

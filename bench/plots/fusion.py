@@ -251,7 +251,7 @@ def fresh(path: Path) -> bool:
 
     try:
         with Image.open(path) as image:
-            return image.info.get("Source") == stamp()
+            return bool(image.info.get("Source") == stamp())
     except OSError:
         return False
 
