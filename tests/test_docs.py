@@ -244,6 +244,10 @@ def test_what_the_reference_describes_says_what_it_takes_gives_and_refuses():
         assert text, name
         raw = re.search(r"^\.\. |:[a-z]+:`|^Example:$", text, re.MULTILINE)
         assert not raw, f"{name}: the site shows {raw[0]!r} as it is"
+        methods = {key: value for key, value in vars(each).items() if inspect.isfunction(value) and key[0] != "_"}
+        for key, function in {**methods, name: each}.items():
+            result = re.search(r"^Returns:\n *(.*)", inspect.getdoc(function) or "", re.MULTILINE)
+            assert not result or ": " not in result[1], f"{key}: the site takes what is before the colon for a type"
         if inspect.isfunction(each):
             parameters = [p for p in inspect.signature(each).parameters if p != "self"]
             missing = [p for p in parameters if not re.search(rf"^    \*{{0,2}}{p}\b.*:", text, re.MULTILINE)]
