@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 import torch
+from plain import error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -141,7 +142,7 @@ def test_a_gradient_of_the_images_is_right(backend):
     with use_backend(backend):
         layers(x).sum().backward()
         layers(folded).sum().backward()
-    assert torch.equal(folded.grad, x.grad)
+    assert error(folded.grad, x.grad) < 1e-6  # on a CPU plain images' gradient is computed in another way
     assert folded.grad.abs().max() > 0
 
 
