@@ -21,5 +21,3 @@ from alexnet_triton.fusion.sequential import FusedSequential, leaves
 from alexnet_triton.fusion.swap import fuse, unfuse
 
 __all__ = ["FusedSequential", "fuse", "unfuse", "FusionReport", "FusionRow", "fits", "leaves"]
-
-FusedSequential.__module__ = __name__  # what pickles name is the public place
