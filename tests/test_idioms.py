@@ -24,11 +24,6 @@ def idiom_no_head(model, x):
     return answer(model, x)
 
 
-def idiom_head_cut_off(model, x):
-    model.classifier = model.classifier[:-1]
-    return answer(model, x)
-
-
 def idiom_head_deleted_and_layers_appended(model, x):
     del model.classifier[6]
     model.classifier.append(nn.Linear(model.classifier[4].out_features, 5))
@@ -42,11 +37,6 @@ def idiom_grey_images(model, x):
     with torch.no_grad():
         model.features[0].weight.copy_(old.weight.mean(1, keepdim=True))
     return answer(model, x[:, :1])
-
-
-def idiom_no_pool(model, x):
-    model.features[12] = nn.Identity()
-    return answer(model, x)
 
 
 def idiom_other_activations(model, x):
@@ -74,13 +64,6 @@ def idiom_one_layer_in_two_places(model, x):
     return answer(model, x)
 
 
-def idiom_shared_weights(model, x):
-    other = nn.Conv2d(12, 12, 3, padding=1, groups=model.features[8].groups)
-    other.weight = model.features[8].weight
-    model.features[9] = nn.Sequential(nn.ReLU(), other)
-    return answer(model, x)
-
-
 def idiom_slice(model, x):
     return answer(model.features[:8], x), model.features[8:][-1] is model.features[12]
 
@@ -94,14 +77,6 @@ def idiom_children_in_turn(model, x):
     for layer in model.features:
         maps.append(layer(maps[-1]))
     return maps
-
-
-def idiom_normalisation_in_front(model, x):
-    class Normalise(nn.Module):
-        def forward(self, x):
-            return (x - x.mean()) / x.std()
-
-    return answer(nn.Sequential(Normalise(), model), x)
 
 
 def idiom_lpips_slices(model, x):
@@ -201,11 +176,6 @@ def idiom_parametrizations(model, x):
     parametrizations.weight_norm(model.features[3])
     parametrizations.weight_norm(model.classifier[4])
     parametrizations.orthogonal(model.classifier[6])
-    return answer(model, x)
-
-
-def idiom_spectral_norm(model, x):
-    nn.utils.spectral_norm(model.features[6])
     return answer(model, x)
 
 

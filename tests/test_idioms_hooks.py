@@ -200,11 +200,6 @@ def idiom_saliency(model, x):
     return x.grad.abs().amax(1)
 
 
-def idiom_smooth_grad(model, x):
-    x = (x[:1] + 0.1 * torch.randn(2, *x.shape[1:])).requires_grad_()
-    return torch.autograd.grad(model(x)[:, 2].sum(), x)[0].mean(0)
-
-
 def idiom_guided_backpropagation(model, x):
     for layer in out_of_place(model).modules():
         if isinstance(layer, nn.ReLU):

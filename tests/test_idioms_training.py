@@ -43,12 +43,6 @@ def idiom_clipping(model, x):
     return norm, clipped, gradients(model)
 
 
-def idiom_accumulation_of_gradients(model, x):
-    for part in (x, 2 * x):
-        loss_of(model(part)).backward()
-    return gradients(model)
-
-
 def idiom_a_graph_that_is_walked_twice(model, x):
     loss = loss_of(model(x))
     loss.backward(retain_graph=True)
