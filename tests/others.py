@@ -103,6 +103,6 @@ def apart(found, expected):
     A convolution's bias in front of a batch norm has a gradient of zero, and any number close to it is right.
     """
     assert [a is None for a in found] == [a is None for a in expected]
-    pairs = [(a.float(), b.float()) for a, b in zip(found, expected, strict=True) if a is not None]
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if a is not None]
     least = 0.05 * max(b.abs().max() for _, b in pairs)
     return max(error(a, b) if b.abs().max() > least else error(a + least, b + least) for a, b in pairs)

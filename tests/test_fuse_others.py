@@ -64,6 +64,12 @@ def test_torchvisions_networks_keep_their_numbers_on_the_kernels(name, launches)
     assert launches
 
 
+def test_double_precision_is_kept():
+    model = others.torchvisions("vgg11_bn").eval().double()
+    assert others.furthest(model, image().double()) < 1e-9
+    assert fuse(model)(image().double()).dtype == torch.float64
+
+
 def test_googlenet_keeps_its_numbers():
     model = others.torchvisions("googlenet", init_weights=False, aux_logits=False).eval()
     assert others.furthest(model, image(64)) < LIMIT

@@ -98,6 +98,10 @@ def test_the_ops_of_the_report_are_those_that_run(seed, calls):
         for name, what in zip(row.layers, row.what, strict=True):
             assert what in type(model.get_submodule(name)).__name__
         assert (row.op is None) <= bool(row.reason)
+    calls.clear()
+    hooked(draw.choice(list(model)))
+    assert error(model(x), expected) < 1e-5
+    assert [row.op for row in fuse.report(model).rows if row.fused] == calls
 
 
 def test_it_changes_nothing_and_says_what_fuse_would_do():
