@@ -90,14 +90,16 @@ def table(session: nox.Session) -> None:
 PAGE = """\
 # Versions
 
-`make compat` wrote this page on {date}, for version {version} ({where}). It builds a source distribution, and the wheel
-from that; then, for each Python that it finds and for the oldest and the newest torch that the package takes, it makes
-a fresh environment, installs the wheel and runs `tests/smoke.py`: the network beside torchvision's, forward and
-backward; every op's kernels in Triton's interpreter against float64; a kernel compiled for an H100; the command line.
+`make compat` wrote this page on {date}, for version {version}, on {where}.
+
+It builds a source distribution, and the wheel from that. Then, for each Python that it finds and for the oldest and the
+newest torch that the package takes, it makes a fresh environment, installs the wheel and runs `tests/smoke.py`: the
+network beside torchvision's, forward and backward; every op's kernels in Triton's interpreter against float64; a kernel
+compiled for an H100; the command line.
 
 {table}
-Each release of torch asks for one of Triton. What torch does not publish for a Python is not in the table: the newest
-row is the newest that there is for that one.
+Each release of torch asks for one of Triton. Not every release is published for every Python: a Python's newest is what
+a package index has for it.
 
 A Python that is not found is passed over; a failure makes the command fail. It looks on the `PATH` and in pyenv, and
 needs a connection to a package index: torch and Triton are some 0.8 GB to download for each row, and CUDA's libraries
