@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from alexnet_triton import FusedSequential
-from alexnet_triton.fusion import cpu, strided
+from alexnet_triton.fusion import cpu, pointwise, strided
 
 LAST = torch.channels_last
 
@@ -146,8 +146,59 @@ def test_a_pool_in_front_is_run_channels_last_on_large_maps_alone(monkeypatch):
     assert seen == [True, False, False]
 
 
+POINTWISE = {
+    "LPIPS's head": (nn.Conv2d(64, 1, 1, bias=False), (2, 64, 9, 7)),
+    "some filters": (nn.Conv2d(5, 16, 1), (3, 5, 4, 4)),
+    "same": (nn.Conv2d(5, 2, 1, padding="same"), (1, 5, 1, 1)),
+    "no images": (nn.Conv2d(5, 2, 1), (0, 5, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_a_convolution_of_single_pixels_is_a_product(name):
+    conv, shape = copy.deepcopy(POINTWISE[name])
+    x = torch.randn(shape, requires_grad=True)
+    assert pointwise.pays(conv, x)
+    y = FusedSequential(conv, nn.ReLU())(x)
+    assert y.is_contiguous()
+    weights = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *conv.parameters()], weights)
+    conv.double()
+    exact = conv(x.double()).relu()
+    assert error(y, exact) < 1e-6
+    right = torch.autograd.grad(exact, [x, *conv.parameters()], weights.double())
+    for ours, theirs in zip(found, right, strict=True):
+        assert error(ours, theirs) < 1e-5
+
+
+def test_other_convolutions_are_no_products():
+    x = torch.randn(1, 4, 8, 8)
+    for other in (
+        nn.Conv2d(4, 17, 1), nn.Conv2d(4, 2, 1, 2), nn.Conv2d(4, 2, 1, padding=1), nn.Conv2d(4, 2, 1, groups=2),
+        nn.Conv2d(4, 2, 3), nn.Conv2d(5, 2, 1), nn.Conv2d(4, 2, 1).double(),
+    ):  # fmt: skip
+        assert not pointwise.pays(other, x)
+    conv = nn.Conv2d(4, 2, 1)
+    assert pointwise.pays(conv, x)
+    assert not pointwise.pays(conv, x.bfloat16())
+    assert not pointwise.pays(conv, x.to(memory_format=LAST))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not pointwise.pays(conv, x)
+
+
+def test_a_convolution_alone_is_left_in_its_layout(channels_last_always, monkeypatch):
+    """It wins less than two copies cost: VGG with batch norms, and LPIPS's first slice, are full of such."""
+    asked = []
+    monkeypatch.setattr(cpu, "in_layout", lambda x, last: (asked.append(last), x)[1])
+    x = torch.randn(1, 8, 9, 9)
+    FusedSequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())(x)
+    assert asked == []
+    FusedSequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))(x)
+    assert asked == [True, True, False]
+
+
 def test_a_convolution_of_few_products_keeps_its_layout(channels_last_always):
-    """LPIPS's heads: 1x1 convolutions with one filter, done before their map were copied."""
+    """A map is copied only for what takes longer than the copy."""
     x = torch.randn(1, 8, 9, 9)
     for filters, copied in ((1, False), (16, True)):
         (run,) = cpu_runs(nn.Conv2d(8, filters, 1))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_triton import ops
-from alexnet_triton.fusion import strided
+from alexnet_triton.fusion import pointwise, strided
 from alexnet_triton.fusion.runs import ConvRun, PoolRun
 
 CHANNELS_LAST_PIXELS = 1_400
@@ -29,16 +29,14 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
     layouts_are_free = (
         x.dtype != torch.float64  # torch's own convolution, for which the layouts are equals
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap has its own
+        and not (len(runs) == 1 and isinstance(runs[0], ConvRun))  # it wins less than two copies, both ways, cost
     )
-    if not layouts_are_free:
-        for run in runs:
-            x = run(x)
-        return x
     last = any(ops.is_channels_last(t) for t in (x, *(run.conv.weight for run in runs if isinstance(run, ConvRun))))
-    back_to_contiguous = not last  # where the caller has chosen channels-last, torch keeps to it and so do we
+    # Where the caller has chosen channels-last, torch keeps to it and so do we.
+    chosen_here = layouts_are_free and not last
     late_relu = False
     for run, following in zip(runs, (*runs[1:], None), strict=True):
-        if back_to_contiguous:
+        if chosen_here:
             last = _faster_channels_last(run, following, x, last)
             x = in_layout(x, last)
         if isinstance(run, PoolRun):
@@ -50,14 +48,16 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
         # max(relu(x)) is relu(max(x)), and so are its gradients: ReLU on the pooled map is a quarter of the
         # work. (In the contiguous layout torch's pool branches on every element, and is slower on maps of
         # both signs: 2.5 % of a whole forward at batch 1.)
-        late_relu = last and run.relu and isinstance(following, PoolRun) and following.norm is None
+        pooled_next = isinstance(following, PoolRun) and following.norm is None
+        late_relu = layouts_are_free and last and run.relu and pooled_next
         relu = run.relu and not late_relu
-        if strided.pays(run.conv, x):
-            x = strided.conv2d(run.conv, x)
-            x = torch.relu_(x) if relu else x
-        else:
+        other = next((way for way in (strided, pointwise) if way.pays(run.conv, x)), None)
+        if other is None:
             x = run.run(x, relu)
-    return in_layout(x, False) if back_to_contiguous else x
+        else:
+            x = other.conv2d(run.conv, x)
+            x = torch.relu_(x) if relu else x
+    return in_layout(x, False) if chosen_here else x
 
 
 def _faster_channels_last(run: ConvRun | PoolRun, following: ConvRun | PoolRun | None, x: Tensor, last: bool) -> bool:

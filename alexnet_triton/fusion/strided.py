@@ -71,7 +71,8 @@ class _FoldedGradient(torch.autograd.Function):
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if of_x:
-            layout = torch.channels_last if ops.is_channels_last(x) else torch.contiguous_format
+            last = ops.is_channels_last(x) or ops.is_channels_last(weight)  # torch's own rule
+            layout = torch.channels_last if last else torch.contiguous_format
             dx = _input_gradient(grad, weight, x.shape[2:], stride, padding, groups).contiguous(memory_format=layout)
         if of_weight or of_bias:
             sizes = [weight.shape[0]] if of_bias else None
