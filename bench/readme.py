@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alexnet_triton.bench import cpu, data, dispatch, layers, lpips, model, parallel, plots, predict
-from alexnet_triton.bench.plots import canvas, files
+from alexnet_triton.bench.plots import canvas, files, fusion
 from alexnet_triton.bench.timing import heading
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +250,11 @@ def run(check: bool = False, root: Path = ROOT) -> int:
     pages = {root / name: render(root / name, root) for name in PAGES}
     pictures = dict.fromkeys(picture for page in pages.values() for picture in page.pictures)
     stale = [picture for picture in pictures if not picture.fresh()]
+    drawing = root / "docs" / "fusion.png"  # of the plan, not of a result
+    redraw = drawing.with_suffix(".md").exists() and not fusion.fresh(drawing)
     if not check:
+        if redraw:
+            fusion.write(drawing)
         for picture in stale:
             picture.draw()
         for path, page in pages.items():
@@ -258,6 +262,7 @@ def run(check: bool = False, root: Path = ROOT) -> int:
                 path.write_text(page.text, encoding="utf-8")
     found = [change for page in pages.values() for change in page.changed]
     found += [f"{picture.path.relative_to(root)}" for picture in stale]
+    found += [f"{drawing.relative_to(root)}"] if redraw else []
     for each in found:
         print(f"{'not what the results give' if check else 'written'}: {each}")
     if not found:

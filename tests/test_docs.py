@@ -258,7 +258,7 @@ def test_what_the_reference_describes_says_what_it_takes_gives_and_refuses():
 
 
 def test_the_picture_of_the_fusion_is_of_the_plan_as_it_is():
-    assert fusion.fresh(DOCS / "fusion.png"), "draw it anew: .venv/bin/python -m alexnet_triton.bench.plots.fusion"
+    assert fusion.fresh(DOCS / "fusion.png"), "draw it anew: make readme"
     assert (DOCS / "fusion.png").stat().st_size < 120_000
 
 

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 from PIL import Image
 
+from alexnet_triton import fuse
 from alexnet_triton.bench import plots, readme
+from alexnet_triton.bench.plots import fusion
 from alexnet_triton.bench.plots.canvas import STYLES
 from alexnet_triton.cli import main
 
@@ -102,6 +105,27 @@ def test_no_figure_of_a_result_stands_outside_the_markers():
         assert not found, f"{name} has {found} outside its markers: results belong into {readme.RESULTS}"
 
 
+def test_the_front_pages_script_prints_one_number_twice_and_the_report_is_its_own(capsys, monkeypatch):
+    """What stands in front is run as it stands, but for the patience of its timer."""
+    for variable in ("TRITON_INTERPRET", "ALEXNET_TRITON_BACKEND"):  # the tests' own
+        monkeypatch.delenv(variable)
+    text = (readme.ROOT / "README.md").read_text()
+    section = text[text.index("## One line") :]
+    (script, shown, table) = re.findall(r"^```(?:python)?\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)[:3]
+    assert len([line for line in script.splitlines() if line]) == 15
+    names = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips calls torchvision in the manner of 2022
+        exec(script.replace("min_run_time=5", "min_run_time=0.01"), names)
+    line = re.compile(r"^(plain|fused): (\d\.\d{6}) in \d+ ms$", re.MULTILINE)
+    printed, expected = line.findall(capsys.readouterr().out), line.findall(shown)
+    assert [name for name, _ in printed] == [name for name, _ in expected] == ["plain", "fused"]
+    assert len({number for _, number in expected}) == 1
+    for (_, number), (_, other) in zip(printed, expected, strict=True):
+        assert abs(float(number) - float(other)) < 2e-6  # another processor rounds otherwise
+    assert str(fuse.report(names["loss"])) == table.rstrip("\n")
+
+
 # --- any other --------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +180,17 @@ def test_whatever_differs_is_found_and_mended(change, root, capsys):
     capsys.readouterr()
     assert readme.run(check=True, root=root) == 1
     assert capsys.readouterr().out == f"not what the results give: {named}\n"
+    readme.run(root=root)
+    assert readme.run(check=True, root=root) == 0
+
+
+def test_the_drawing_of_the_fusion_is_made_anew_beside_its_page(root, monkeypatch, capsys):
+    monkeypatch.setattr(fusion, "DPI", 36)
+    readme.run(root=root)
+    (root / "docs" / "fusion.md").write_text("A page.\n")
+    assert readme.run(check=True, root=root) == 1
+    assert "not what the results give: docs/fusion.png" in capsys.readouterr().out
+    assert not (root / "docs" / "fusion.png").exists()
     readme.run(root=root)
     assert readme.run(check=True, root=root) == 0
 

@@ -254,7 +254,3 @@ def fresh(path: Path) -> bool:
             return bool(image.info.get("Source") == stamp())
     except OSError:
         return False
-
-
-if __name__ == "__main__":
-    write(Path(__file__).parents[2] / "docs" / "fusion.png")
