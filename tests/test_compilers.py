@@ -152,21 +152,25 @@ def test_exported_programs_give_what_plain_layers_give(idiom, variant, backend):
 
 
 RELOAD = """
-import sys, torch, alexnet_triton
+import sys, torch
+if sys.argv[4] == "triton":
+    import alexnet_triton
 x = torch.load(sys.argv[2])
 torch.save(torch.export.load(sys.argv[1]).module()(x), sys.argv[3])
+assert ("alexnet_triton" in sys.modules) == (sys.argv[4] == "triton")
 """
 
 
-def test_an_exported_program_of_kernels_is_loaded_by_a_process_that_imports_the_package(tmp_path):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_an_exported_program_is_loaded_elsewhere_and_needs_the_package_for_kernels_alone(backend, tmp_path):
     ours, theirs = (model.eval() for model in narrow.twins())
     x = torch.randn(1, 3, 67, 67)
     program, images, logits = (str(tmp_path / name) for name in ("net.pt2", "x.pt", "y.pt"))
-    with use_backend("triton"):
+    with use_backend(backend):
         torch.export.save(torch.export.export(ours, (x,)), program)
     torch.save(x, images)
     made = subprocess.run(
-        [sys.executable, "-c", RELOAD, program, images, logits], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", RELOAD, program, images, logits, backend], capture_output=True, text=True, timeout=300
     )
     assert made.returncode == 0, made.stderr
     assert error(torch.load(logits), theirs(x)) < 1e-5
