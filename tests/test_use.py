@@ -332,7 +332,10 @@ def test_filters_of_two_towers_stand_apart(variant, tmp_path, monkeypatch):
             ["evaluate", "val", "--checkpoint", "net.pt", "--variant", "paper"],
             "is of variant 'torchvision', and 'paper'",
         ),
-        (["evaluate", "val", "--checkpoint", "val"], "there is no file of weights at 'val'"),
+        (
+            ["evaluate", "val", "--checkpoint", "val"],
+            "there is no 'config.json' in 'val', which says what network it is",
+        ),
         (["evaluate", "more", "--checkpoint", "net.pt"], "class 'z' of 'more' is none of the 3 classes"),
         (["evaluate", "val", "--checkpoint", "net.pt", "--out", "net.pt"], "'net.pt' is a file, and --out needs"),
         (["evaluate", "val", "--checkpoint", "net.pt", "--classes", "names"], "3 classes, and 2 names were given"),

@@ -26,14 +26,16 @@ FEW_PRODUCTS = 16
 
 def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
     """Run map runs in the layouts that are faster on a CPU; the answer has the layout that torch would give."""
-    layouts_are_free = (
-        x.dtype != torch.float64  # torch's own convolution, for which the layouts are equals
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap has its own
-        and not (len(runs) == 1 and isinstance(runs[0], ConvRun))  # it wins less than two copies, both ways, cost
-    )
+    if (
+        x.dtype == torch.float64  # torch's own convolution, for which the layouts are equals
+        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap has its own
+    ):
+        for run in runs:
+            x = run(x)
+        return x
+    alone = len(runs) == 1 and isinstance(runs[0], ConvRun)  # it wins less than two copies, both ways, cost
     last = any(ops.is_channels_last(t) for t in (x, *(run.conv.weight for run in runs if isinstance(run, ConvRun))))
-    # Where the caller has chosen channels-last, torch keeps to it and so do we.
-    chosen_here = layouts_are_free and not last
+    chosen_here = not alone and not last  # where the caller has chosen channels-last, torch keeps to it and so do we
     late_relu = False
     for run, following in zip(runs, (*runs[1:], None), strict=True):
         if chosen_here:
@@ -48,8 +50,7 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
         # max(relu(x)) is relu(max(x)), and so are its gradients: ReLU on the pooled map is a quarter of the
         # work. (In the contiguous layout torch's pool branches on every element, and is slower on maps of
         # both signs: 2.5 % of a whole forward at batch 1.)
-        pooled_next = isinstance(following, PoolRun) and following.norm is None
-        late_relu = layouts_are_free and last and run.relu and pooled_next
+        late_relu = last and run.relu and isinstance(following, PoolRun) and following.norm is None
         relu = run.relu and not late_relu
         other = next((way for way in (strided, pointwise) if way.pays(run.conv, x)), None)
         if other is None:
