@@ -33,9 +33,8 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
         for run in runs:
             x = run(x)
         return x
-    alone = len(runs) == 1 and isinstance(runs[0], ConvRun)  # it wins less than two copies, both ways, cost
     last = any(ops.is_channels_last(t) for t in (x, *(run.conv.weight for run in runs if isinstance(run, ConvRun))))
-    chosen_here = not alone and not last  # where the caller has chosen channels-last, torch keeps to it and so do we
+    chosen_here = not last  # where the caller has chosen channels-last, torch keeps to it and so do we
     late_relu = False
     for run, following in zip(runs, (*runs[1:], None), strict=True):
         if chosen_here:
@@ -64,11 +63,14 @@ def run_on_cpu(runs: tuple[ConvRun | PoolRun, ...], x: Tensor) -> Tensor:
 def _faster_channels_last(run: ConvRun | PoolRun, following: ConvRun | PoolRun | None, x: Tensor, last: bool) -> bool:
     """Whether `run` is to have its map channels-last; `last` tells whether `x` is."""
     if isinstance(run, ConvRun):
+        if following is None and not last:
+            return False  # alone it wins less than two copies, both ways, cost
         if run.conv.weight[:, 0].numel() < FEW_PRODUCTS * prod(run.conv.stride):
             return last
         pixels = _output_pixels(run.conv, x)
         return pixels >= CHANNELS_LAST_PIXELS // (2 if isinstance(following, PoolRun) else 1)
-    if last or run.norm is not None:
+    windows_overlap = ops.pair(run.pool.kernel_size) > ops.pair(run.pool.stride)  # else they are fast as they lie
+    if last or run.norm is not None or not windows_overlap:
         return last
     return x.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] >= CHANNELS_LAST_PIXELS
 
