@@ -69,8 +69,9 @@ def _faster_channels_last(run: ConvRun | PoolRun, following: ConvRun | PoolRun |
             return last
         pixels = _output_pixels(run.conv, x)
         return pixels >= CHANNELS_LAST_PIXELS // (2 if isinstance(following, PoolRun) else 1)
-    windows_overlap = ops.pair(run.pool.kernel_size) > ops.pair(run.pool.stride)  # else they are fast as they lie
-    if last or run.norm is not None or not windows_overlap:
+    windows, strides = ops.pair(run.pool.kernel_size), ops.pair(run.pool.stride)
+    overlap = any(window > stride for window, stride in zip(windows, strides, strict=True))
+    if last or run.norm is not None or not overlap:  # windows that do not overlap are fast as they lie
         return last
     return x.dtype == torch.float32 and x.shape[0] * x.shape[2] * x.shape[3] >= CHANNELS_LAST_PIXELS
 
